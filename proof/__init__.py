@@ -1,0 +1,1 @@
+"""What a proof is: pure values, formats, hashes and rules."""
