@@ -1,35 +1,22 @@
-"""EIP-712: the signed payment attestation, and the worker's signatures on commitments and uploads.
+"""The signed payment attestation, and the worker's signatures on commitments and uploads (EIP-712, eip712.py).
 
-All are secp256k1 signatures of keccak256(0x1901 || domain separator || struct hash), in the domain
-{name "Assay", version "1", chainId, verifyingContract}: 65 bytes r || s || v, v 27 or 28, and s low (EIP-2), so that
-one signer has one spelling. Nothing here reads a clock. An address that somebody names may be in any case.
+Nothing here reads a clock. An address that somebody names may be in any case.
 """
 
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from eth_abi.abi import encode
-from eth_account import Account
-from eth_account.messages import SignableMessage, encode_typed_data
-from eth_keys.datatypes import Signature
-from eth_keys.exceptions import BadSignature
-from eth_utils.crypto import keccak
-from eth_utils.exceptions import ValidationError
-
-from proof import encoding
+from proof import eip712, encoding
 from proof.digest import DIGEST_BYTES
+from proof.eip712 import DOMAIN, KEY_BYTES, keccak
 from proof.errors import Malformed, Reason, Rejected
 from proof.messages import SIGNATURE_BYTES, Commitment, Json, Reward
 
 PASS, FAIL = 1, 2  # 0 is unset: never signed, never decoded
 MAX_SCORE = 100
-KEY_BYTES = 32
-
-DOMAIN = {"name": "Assay", "version": "1"}
 PAYMENT_ATTESTATION = (
     "PaymentAttestation(bytes32 taskId,bytes32 nonce,bytes32 evidenceHash,bytes32 outputRoot,bytes32 modelId,"
     "bytes32 policyHash,bytes32 committeeId,bytes32 refUID,address payer,address payee,address token,uint256 amount,"
@@ -38,11 +25,7 @@ PAYMENT_ATTESTATION = (
 WORK_COMMITMENT = "WorkCommitment(bytes32 taskId,bytes32 modelId,bytes32 root)"
 PROOF_UPLOAD = "ProofUpload(bytes32 taskId,bytes32 commitment,bytes32 proof)"
 
-sys.setrecursionlimit(
-    1000
-)  # the default again: py_ecc, imported above, lifts it so far that deep JSON overflows the stack
-
-_HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0
+_ARRAY_OFFSET = 96  # where abi.encode puts an array behind two static values and itself
 _KEY = re.compile(r"(?:0x)?([0-9a-fA-F]{64})\s*")
 
 
@@ -72,20 +55,16 @@ class PaymentAttestation:
     expires_at: int
 
     def struct_hash(self) -> bytes:
-        return bytes(self._signable().body)
+        return eip712.struct_hash(PAYMENT_ATTESTATION, list(asdict(self).values())[2:])
 
     def digest(self) -> bytes:
         """What is signed; also the attestation's uid."""
-        return _digest(self._signable())
-
-    def _signable(self) -> SignableMessage:
-        values = list(asdict(self).values())[2:]
-        return _typed(PAYMENT_ATTESTATION, values, self.chain_id, self.contract)
+        return eip712.digest(self.struct_hash(), self.chain_id, self.contract)
 
     def to_json(self) -> Json:
         """Domain and message as tools for EIP-712 take them."""
         values = list(asdict(self).values())[2:]
-        members = zip(_members(PAYMENT_ATTESTATION), values, strict=True)
+        members = zip(eip712.members(PAYMENT_ATTESTATION), values, strict=True)
         return {
             "domain": {**DOMAIN, "chainId": self.chain_id, "verifyingContract": self.contract},
             "message": {member: _wire(kind, value) for (kind, member), value in members},
@@ -97,7 +76,7 @@ class PaymentAttestation:
         *named, chain_id, contract = encoding.fields(domain, f"{at}.domain", (*DOMAIN, "chainId", "verifyingContract"))
         if named != list(DOMAIN.values()):
             raise Malformed(f"{at}.domain: not {DOMAIN}")
-        members = _members(PAYMENT_ATTESTATION)
+        members = eip712.members(PAYMENT_ATTESTATION)
         given = encoding.fields(message, f"{at}.message", [member for _, member in members])
         values: list[Any] = [
             encoding.integer(chain_id, f"{at}.domain.chainId"),
@@ -143,12 +122,12 @@ def read_key(path: Path) -> bytes:
 
 
 def key_address(private_key: bytes) -> str:
-    return str(_account(private_key).address).lower()
+    return eip712.address_of(private_key)
 
 
 def sign(attestation: PaymentAttestation, private_key: bytes) -> SignedAttestation:
-    signable = attestation._signable()
-    return SignedAttestation(attestation, key_address(private_key), _sign(signable, private_key))
+    signature = eip712.sign(attestation.digest(), private_key)
+    return SignedAttestation(attestation, key_address(private_key), signature)
 
 
 def verify(signed: SignedAttestation, signer: str) -> None:
@@ -160,7 +139,7 @@ def verify(signed: SignedAttestation, signer: str) -> None:
 
 def sign_commitment(commitment: Commitment, reward: Reward, private_key: bytes) -> Commitment:
     """The commitment with its worker and the worker's signature, in the domain of the task's reward."""
-    signature = _sign(_work(commitment, reward), private_key)
+    signature = eip712.sign(_work(commitment, reward), private_key)
     return commitment.signed(key_address(private_key), signature)
 
 
@@ -168,81 +147,42 @@ def verify_commitment_signature(commitment: Commitment, reward: Reward) -> None:
     """Check that the worker it names signed. Raises Rejected."""
     if commitment.task is None or commitment.worker is None or commitment.signature is None:
         raise Rejected(Reason.SIGNATURE, "the commitment is not signed for a task")
-    _match(_digest(_work(commitment, reward)), commitment.signature, commitment.worker)
+    _match(_work(commitment, reward), commitment.signature, commitment.worker)
 
 
 def sign_upload(task: bytes, commitment: bytes, proof: bytes, reward: Reward, private_key: bytes) -> bytes:
     """The worker's signature on the digest `proof` of a file, for the commitment of this digest."""
-    return _sign(_upload(task, commitment, proof, reward), private_key)
+    return eip712.sign(_upload(task, commitment, proof, reward), private_key)
 
 
 def recover_upload(task: bytes, commitment: bytes, proof: bytes, reward: Reward, signature: bytes) -> str:
     """The address that signed the upload. Raises Rejected for what is no signature."""
-    return _recover(_digest(_upload(task, commitment, proof, reward)), signature)
+    return eip712.recover(_upload(task, commitment, proof, reward), signature)
 
 
 def committee_id(addresses: Iterable[str], threshold: int, epoch: int) -> bytes:
     """keccak256(abi.encode(uint64 epoch, uint16 threshold, address[] members)), members ascending."""
-    members = sorted(address.lower() for address in addresses)
-    if not 0 < threshold <= len(set(members)) == len(members):
-        raise ValueError(f"a threshold of {threshold} among {len(set(members))} distinct members")
-    return bytes(keccak(encode(["uint64", "uint16", "address[]"], [epoch, threshold, members])))
+    listed = sorted(address.lower() for address in addresses)
+    if not 0 < threshold <= len(set(listed)) == len(listed):
+        raise ValueError(f"a threshold of {threshold} among {len(set(listed))} distinct members")
+    head = [("uint64", epoch), ("uint16", threshold), ("uint256", _ARRAY_OFFSET), ("uint256", len(listed))]
+    return keccak(b"".join(eip712.word(kind, value) for kind, value in head + [("address", at) for at in listed]))
 
 
-def _members(declaration: str) -> list[tuple[str, str]]:
-    """(type, name) of each member of an EIP-712 declaration."""
-    listed = declaration[declaration.index("(") + 1 : -1].split(",")
-    return [(kind, member) for kind, member in (entry.split(" ") for entry in listed)]
-
-
-def _typed(declaration: str, values: Iterable[Any], chain_id: int, contract: str) -> SignableMessage:
-    struct, members = declaration[: declaration.index("(")], _members(declaration)
-    return encode_typed_data(
-        domain_data={**DOMAIN, "chainId": chain_id, "verifyingContract": contract},
-        message_types={struct: [{"type": kind, "name": member} for kind, member in members]},
-        message_data={member: value for (_, member), value in zip(members, values, strict=True)},
-    )
-
-
-def _work(commitment: Commitment, reward: Reward) -> SignableMessage:
+def _work(commitment: Commitment, reward: Reward) -> bytes:
     if commitment.task is None:
         raise ValueError("a commitment to no task is not signed")
     values = (commitment.task, commitment.model, commitment.root())
-    return _typed(WORK_COMMITMENT, values, reward.chain_id, reward.contract)
+    return eip712.digest(eip712.struct_hash(WORK_COMMITMENT, values), reward.chain_id, reward.contract)
 
 
-def _upload(task: bytes, commitment: bytes, proof: bytes, reward: Reward) -> SignableMessage:
-    return _typed(PROOF_UPLOAD, (task, commitment, proof), reward.chain_id, reward.contract)
-
-
-def _digest(signable: SignableMessage) -> bytes:
-    return bytes(keccak(b"\x19" + signable.version + signable.header + signable.body))
-
-
-def _account(private_key: bytes) -> Any:
-    if len(private_key) != KEY_BYTES:
-        raise ValueError(f"a private key has {KEY_BYTES} bytes")
-    return Account.from_key(private_key)
-
-
-def _sign(signable: SignableMessage, private_key: bytes) -> bytes:
-    return bytes(_account(private_key).sign_message(signable).signature)
-
-
-def _recover(digest: bytes, signature: bytes) -> str:
-    if len(signature) != SIGNATURE_BYTES or signature[64] not in (27, 28):
-        raise Rejected(Reason.SIGNATURE, "not r, s and v of 27 or 28")
-    if int.from_bytes(signature[32:64], "big") > _HALF_ORDER:
-        raise Rejected(Reason.SIGNATURE, "s is not low")
-    try:
-        recoverable = Signature(signature[:64] + bytes([signature[64] - 27]))
-        return str(recoverable.recover_public_key_from_msg_hash(digest).to_address())
-    except (BadSignature, ValidationError):
-        raise Rejected(Reason.SIGNATURE, "not a point of the curve") from None
+def _upload(task: bytes, commitment: bytes, proof: bytes, reward: Reward) -> bytes:
+    struct = eip712.struct_hash(PROOF_UPLOAD, (task, commitment, proof))
+    return eip712.digest(struct, reward.chain_id, reward.contract)
 
 
 def _match(digest: bytes, signature: bytes, signer: str) -> None:
-    recovered = _recover(digest, signature)
+    recovered = eip712.recover(digest, signature)
     if recovered != signer.lower():
         raise Rejected(Reason.SIGNATURE, f"signed by {recovered}, not {signer.lower()}")
 

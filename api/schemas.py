@@ -1,0 +1,214 @@
+"""Bodies of requests and answers, as OpenAPI shows them; proof/messages.py decodes the messages of the protocol."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+HEX64 = "^[0-9a-f]{64}$"
+ADDRESS_PATTERN = "^0x[0-9a-f]{40}$"
+
+Digest = Annotated[str, Field(pattern=HEX64, examples=["5f" * 32])]
+Address = Annotated[str, Field(pattern=ADDRESS_PATTERN, examples=["0x" + "9a" * 20])]
+Bytes32 = Annotated[str, Field(pattern="^0x[0-9a-f]{64}$", examples=["0x" + "5f" * 32])]
+Dtype = Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"]
+Decimal = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,77})$", examples=["1000000000000000000"])]
+Shape = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=16, examples=[[1, 4]])]
+PolicyName = Literal["spot", "standard", "full"]
+StageName = Literal["posted", "challenged", "checking", "accepted", "rejected", "attested", "expired", "stalled"]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Reward(Body):
+    """What is paid and where: `contract` on `chain_id` releases `amount` of `token`."""
+
+    chain_id: Annotated[int, Field(ge=0, lt=2**53, examples=[31337])]
+    contract: Address
+    token: Address
+    amount: Decimal
+
+
+class Tensor(Body):
+    """Elements in C order, little-endian, as base64; a truth value is one byte, 0 or 1."""
+
+    dtype: Dtype
+    shape: Shape
+    data: Annotated[str, Field(examples=["AAAAAAAAgD8AAABAAABAQA=="])]
+
+
+class NewTask(Body):
+    """What a protocol posts. The same body again is the same task."""
+
+    model: Digest
+    policy: PolicyName
+    reward: Reward
+    payer: Address
+    deadline: Annotated[int, Field(ge=0, lt=2**53, description="Unix seconds.", examples=[1800000000])]
+    nonce: Digest
+    inputs: Annotated[
+        dict[str, Tensor],
+        Field(examples=[{"x": {"dtype": "F32", "shape": [1, 4], "data": "AAAAAAAAgD8AAABAAABAQA=="}}]),
+    ]
+
+
+class Claim(Body):
+    name: Annotated[str, Field(examples=["x"])]
+    dtype: Dtype
+    shape: Shape
+    root: Digest
+
+
+class Task(Body):
+    """The task as everybody hashes it: inputs by their roots, in the order of the graph."""
+
+    model: Digest
+    inputs: list[Claim]
+    policy: PolicyName
+    reward: Reward
+    payer: Address
+    deadline: Annotated[int, Field(examples=[1800000000])]
+    nonce: Digest
+
+
+class TaskState(Body):
+    id: Digest
+    stage: StageName
+    detail: Annotated[str | None, Field(description="Why there is no verdict yet, if something went wrong.")]
+    created: Annotated[float, Field(examples=[1790000000.25])]
+    task: Task
+    commitment: Digest | None
+    worker: Address | None
+    proof: Annotated[Digest | None, Field(description="Digest of the proof file, as the worker signed it.")]
+    proof_bytes: int | None
+    verdict: Literal["accepted", "rejected"] | None
+    reason: str | None
+    check_seconds: Annotated[float | None, Field(description="Time that the check took.")]
+    attestation: Annotated[Digest | None, Field(description="uid of the attestation.")]
+
+
+class TaskList(Body):
+    tasks: list[TaskState]
+
+
+class Commitment(Body):
+    """The worker's signed commitment to a trace: a claim for every tensor, in graph order."""
+
+    model: Digest
+    task: Digest
+    tensors: list[Claim]
+    worker: Address
+    signature: Annotated[str, Field(pattern="^[0-9a-f]{130}$", examples=["1b" * 65])]
+
+
+class Challenge(Body):
+    commitment: Digest
+    policy: PolicyName
+    seed: Digest
+
+
+class Verdict(Body):
+    verdict: Literal["accepted", "rejected"]
+    reason: Annotated[str | None, Field(examples=[None])]
+    detail: str
+    node: str | None
+    nodes_total: int
+    nodes_checked: int
+    rows: Annotated[int | None, Field(description="Opened of each tensor; null: all.")]
+    policy: PolicyName
+    misses: Annotated[dict[str, float], Field(description="Fraction of wrong rows -> probability that none is opened.")]
+    task: Digest | None
+    commitment: Digest
+    check_seed: Digest
+
+
+class Domain(Body):
+    name: str
+    version: str
+    chainId: int  # noqa: N815  # EIP-712 writes it so
+    verifyingContract: Address  # noqa: N815
+
+
+class Attestation(Body):
+    """An EIP-712 PaymentAttestation, as tools for EIP-712 take it, with its signature."""
+
+    domain: Domain
+    message: Annotated[dict[str, Any], Field(examples=[{"taskId": "0x" + "5f" * 32, "verdict": 1, "amount": "1000"}])]
+    signer: Address
+    signature: Annotated[str, Field(pattern="^0x[0-9a-f]{130}$", examples=["0x" + "1b" * 65])]
+
+
+class ModelState(Body):
+    model_config = ConfigDict(extra="allow")
+
+    model: Digest
+    nodes: int
+    folded: int
+    families: Annotated[dict[str, int], Field(examples=[{"contraction": 2, "pointwise": 1}])]
+    inputs: list[dict[str, Any]]
+    outputs: list[str]
+    verifiable: bool
+    file_bytes: int
+    created: float
+
+
+class Accepted(Body):
+    """The proof is stored; the verdict follows."""
+
+    task: Digest
+    proof: Digest
+    stage: StageName
+
+
+class Check(Body):
+    name: str
+    ok: bool
+    reason: str
+
+
+class Readiness(Body):
+    ready: bool
+    checks: list[Check]
+
+
+class Liveness(Body):
+    live: bool
+
+
+class Index(Body):
+    name: str
+    docs: str
+    openapi: str
+    signer: Annotated[Address | None, Field(description="Address that signs attestations here.")]
+
+
+class Problem(Body):
+    """RFC 9457 problem details; `code` is stable, `retryable` says whether the same request may succeed later."""
+
+    type: Annotated[str, Field(examples=["urn:assay:problem:task.unknown"])]
+    title: str
+    status: Annotated[int, Field(examples=[404])]
+    detail: str
+    code: Annotated[str, Field(examples=["task.unknown"])]
+    retryable: bool
+
+
+PROBLEM: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "A problem (RFC 9457)",
+        "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
+    }
+}
+
+
+def file(media_type: str, description: str) -> dict[int | str, dict[str, Any]]:
+    return {200: {"description": description, "content": {media_type: {"schema": _BINARY}}}}
+
+
+def upload(description: str) -> dict[str, Any]:
+    content = {"application/octet-stream": {"schema": _BINARY}}
+    return {"requestBody": {"required": True, "description": description, "content": content}}
+
+
+_BINARY = {"type": "string", "format": "binary"}

@@ -1,0 +1,1 @@
+"""The arithmetic: ops, kernels, Freivalds, hashing of rows."""

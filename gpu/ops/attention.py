@@ -1,0 +1,302 @@
+"""Attention: opened query rows recomputed in float64, within the radius of any honest kernel.
+
+Source: numerics-local section 3, "Attention, F". Engines may scale before or after the product, round scores,
+probabilities and sums to the dtype or not, and add in any order; the unnormalised weight of a key then lies in an
+interval, and the output moves by at most sum_t max(high - w, w - low) |v_t - z| / sum_t low.
+Semantics: Attention-23 and -24: causal masks are aligned to the cache, a row without any key is zero.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from gpu.ops import rotary
+from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, Tensor, every_row
+from gpu.rounding import FORMATS, U32, Array, compare, compare_equal
+from proof.errors import Reason, Rejected
+from proof.graph import Node, Spec
+
+Ints = npt.NDArray[np.int64]
+
+MASK, PAST_KEY, PAST_VALUE, LENGTHS = 3, 4, 5, 6  # input positions after Q, K, V
+CHUNK = 2**21  # elements of (queries, keys, values) held at once
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Query rows of one head: positions `at` among the asked output rows, numbers `i` in the sequence."""
+
+    at: Ints
+    batch: int
+    head: int
+    i: Ints
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of one attention node. `packed`: heads lie side by side in a row (3-D), not as a dimension (4-D)."""
+
+    batch: int
+    queries: int
+    keys: int  # new ones, without the past
+    past: int
+    heads: int
+    groups: int  # heads of K and V
+    packed: bool
+    causal: bool
+
+    def select(self, rows: RowIds) -> Iterator[Queries]:
+        batch, i = np.divmod(rows, self.queries)
+        at = np.arange(len(rows))
+        if self.packed:
+            at, i = np.tile(at, self.heads), np.tile(i, self.heads)
+            batch = np.concatenate([batch * self.heads + head for head in range(self.heads)])
+        for value in np.unique(batch):
+            here = np.flatnonzero(batch == value)
+            yield Queries(at[here], int(value) // self.heads, int(value) % self.heads, i[here])
+
+    def group(self, head: int) -> int:
+        return head // (self.heads // self.groups)
+
+    def visible(self, queries: Queries) -> int:
+        """Keys, past ones first, that these queries may see."""
+        total = self.past + self.keys
+        return min(total, int(queries.i.max()) + self.past + 1) if self.causal else total
+
+    def key_rows(self, queries: Queries) -> tuple[Ints, Ints]:
+        """Rows of K (or V), and of the past, that hold the visible keys."""
+        visible, group = self.visible(queries), self.group(queries.head)
+        first = queries.batch if self.packed else queries.batch * self.groups + group
+        past = (queries.batch * self.groups + group) * self.past + np.arange(min(self.past, visible))
+        return first * self.keys + np.arange(max(visible - self.past, 0)), past
+
+    def mask_rows(self, queries: Queries, mask: Spec) -> Ints:
+        lead = (1,) * (4 - len(mask.shape)) + mask.shape[:-1]
+        table = np.broadcast_to(np.arange(mask.rows).reshape(lead), (self.batch, self.heads, self.queries))
+        rows: Ints = table[queries.batch, queries.head, queries.i]
+        return rows
+
+    def columns(self, array: npt.NDArray[Any], number: int, count: int) -> npt.NDArray[Any]:
+        """The columns of head `number` out of `count`."""
+        width = array.shape[1] // count
+        return array[:, number * width : (number + 1) * width] if self.packed else array
+
+
+def heads_of(site: Site) -> Heads:
+    q, k = site.inputs[:2]
+    assert q is not None
+    assert k is not None
+    past = site.inputs[PAST_KEY] if len(site.inputs) > PAST_KEY else None
+    packed = len(q.shape) == 3
+    return Heads(
+        batch=q.shape[0],
+        queries=q.shape[-2],
+        keys=k.shape[-2],
+        past=0 if past is None else past.shape[2],
+        heads=site.node.attributes["q_num_heads"] if packed else q.shape[1],
+        groups=site.node.attributes["kv_num_heads"] if packed else k.shape[1],
+        packed=packed,
+        # Where the keys' count is data, which ones a query sees is known only at the check.
+        causal=bool(site.node.attributes.get("is_causal", 0)) and _spec(site, LENGTHS) is None,
+    )
+
+
+def _spec(site: Site, position: int) -> Spec | None:
+    return site.inputs[position] if position < len(site.inputs) else None
+
+
+def _reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
+    heads = heads_of(site)
+    if position > 0:
+        return _reach_cache(heads, site, position, rows)
+    needed: dict[int, list[Ints]] = {0: [rows], 1: [], 2: [], MASK: [], PAST_KEY: [], PAST_VALUE: [], LENGTHS: []}
+    mask, lengths = _spec(site, MASK), _spec(site, LENGTHS)
+    for queries in heads.select(rows):
+        new, past = heads.key_rows(queries)
+        for position, wanted in ((1, new), (2, new), (PAST_KEY, past), (PAST_VALUE, past)):
+            needed[position].append(wanted)
+        if mask is not None:
+            needed[MASK].append(heads.mask_rows(queries, mask))
+    if lengths is not None:
+        needed[LENGTHS].append(every_row(lengths))
+    present = {i: parts for i, parts in needed.items() if _spec(site, i) is not None}
+    return {i: np.unique(np.concatenate([np.zeros(0, np.int64), *parts])) for i, parts in present.items()}
+
+
+def _cache_rows(heads: Heads, rows: RowIds) -> tuple[npt.NDArray[np.bool_], Ints, Ints, Ints]:
+    """For rows of a present key or value: whether it is of the past, its row there or in K, and its head."""
+    matrix, t = np.divmod(rows, heads.past + heads.keys)
+    old = t < heads.past
+    first = matrix // heads.groups if heads.packed else matrix
+    return old, matrix * heads.past + t, first * heads.keys + t - heads.past, matrix % heads.groups
+
+
+def _reach_cache(heads: Heads, site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
+    old, past, new, _ = _cache_rows(heads, rows)
+    reached = {position: np.unique(new[~old])}
+    if _spec(site, position + 3) is not None:
+        reached[position + 3] = np.unique(past[old])
+    return reached
+
+
+def _check(call: Call) -> Measure:
+    heads = heads_of(call.site)
+    entries, worst = call.claimed[0].size, _check_output(call, heads)
+    for position in range(1, len(call.claimed)):
+        if call.site.outputs[position] is not None:
+            _check_cache(call, heads, position)
+            entries += call.claimed[position].size
+    return Measure(entries, worst)
+
+
+def _check_cache(call: Call, heads: Heads, position: int) -> None:
+    """present_key (1) and present_value (2) repeat the past and the new rows."""
+    old, past, new, group = _cache_rows(heads, call.rows[position])
+    expected = np.empty_like(call.claimed[position])
+    if old.any():
+        expected[old] = _tensor(call, position + 3).take(past[old])
+    rows = _tensor(call, position).take(new[~old])
+    if heads.packed:
+        width = expected.shape[1]
+        rows = np.take_along_axis(rows, group[~old][:, None] * width + np.arange(width), axis=1)
+    expected[~old] = rows
+    compare_equal(call.claimed[position], expected)
+
+
+def _tensor(call: Call, position: int) -> Tensor:
+    tensor = call.inputs[position]
+    assert tensor is not None
+    return tensor
+
+
+def _check_output(call: Call, heads: Heads) -> float:
+    worst = 0.0
+    claimed = call.claimed[0]
+    for queries in heads.select(call.rows[0]):
+        q = heads.columns(_tensor(call, 0).take(call.rows[0][queries.at]), queries.head, heads.heads)
+        k, v = _keys(call, heads, queries, 1), _keys(call, heads, queries, 2)
+        y = heads.columns(claimed[queries.at], queries.head, heads.heads)
+        bias = _bias(call, heads, queries, len(k))
+        step = max(1, CHUNK // max(1, k.shape[0] * v.shape[1]))
+        for start in range(0, len(q), step):
+            part = slice(start, start + step)
+            worst = max(worst, _check_rows(call, q[part], k, v, bias[part], y[part]))
+    return worst
+
+
+def _keys(call: Call, heads: Heads, queries: Queries, position: int) -> Array:
+    new, past = heads.key_rows(queries)
+    rows = heads.columns(_tensor(call, position).take(new), heads.group(queries.head), heads.groups)
+    if heads.past:
+        rows = np.concatenate([_tensor(call, position + 3).take(past), rows])
+    return rows.astype(np.float64)
+
+
+def _bias(call: Call, heads: Heads, queries: Queries, visible: int) -> Array:
+    """What is added to the scores, (queries, keys): 0 or -inf, and a float mask's values."""
+    bias = np.zeros((len(queries.i), visible))
+    t, total = np.arange(visible), heads.past + heads.keys
+    lengths = call.inputs[LENGTHS] if len(call.inputs) > LENGTHS else None
+    offset = heads.past
+    if lengths is not None:
+        count = int(lengths.whole().reshape(-1)[queries.batch])
+        bias[:, count:] = -np.inf
+        offset = count - heads.queries
+    if call.site.node.attributes.get("is_causal", 0):
+        bias[t[None, :] > queries.i[:, None] + offset] = -np.inf
+    mask = call.inputs[MASK] if len(call.inputs) > MASK else None
+    if mask is not None:
+        given = mask.take(heads.mask_rows(queries, mask.spec))
+        added = np.where(given, 0.0, -np.inf) if given.dtype == np.bool_ else given.astype(np.float64)
+        if added.shape[1] not in (1, total):
+            added = np.pad(added, ((0, 0), (0, total - added.shape[1])), constant_values=-np.inf)
+        bias = bias + added[:, :visible]
+    return bias
+
+
+def _check_rows(call: Call, q: npt.NDArray[Any], k: Array, v: Array, bias: Array, claimed: npt.NDArray[Any]) -> float:
+    """Compare rows (r, width) with softmax(scale q k + bias) v, as any honest kernel may round it."""
+    used: Any = (bias > -np.inf).any(0)
+    if np.isnan(bias).any() or not (np.isfinite(q).all() and np.isfinite(k[used]).all() and np.isfinite(v[used]).all()):
+        raise Rejected(Reason.NONFINITE, "NaN or infinity in queries, keys or values")
+    k, v = np.where(used[:, None], k, 0.0), np.where(used[:, None], v, 0.0)
+    # Without any key a row is zero, and so it is in engines that take the lowest number for -inf.
+    lowest: Any = bias.max(axis=1, initial=-np.inf) <= -FORMATS[claimed.dtype].largest
+    empty: Any = lowest & ((claimed == 0).all(1) | (bias == -np.inf).all(1))
+    z, slack = np.zeros(claimed.shape), np.zeros(claimed.shape)
+    if not empty.all():
+        z[~empty], slack[~empty] = _attend(call, q[~empty].astype(np.float64), k, v, bias[~empty], claimed.dtype)
+    if not np.isfinite(slack).all():
+        raise Rejected(Reason.NONFINITE, "scores of attention overflow")
+    return compare(claimed, z, slack)
+
+
+def _attend(call: Call, q: Array, k: Array, v: Array, bias: Array, dtype: np.dtype) -> tuple[Array, Array]:
+    """The output rows, and how far an honest kernel's may lie from them before their own rounding."""
+    low, exact, high = _scores(call, q, k, bias, dtype)
+    top = exact.max(axis=1)[:, None]
+    soft, unit = _soft_unit(call, dtype), min(U32, FORMATS[dtype].u)
+    spread = soft * np.abs(np.where(exact > -np.inf, exact - top, 0.0))
+    exponential = (2048 if FORMATS[dtype].u > U32 else 64) * unit
+    weight = np.exp(exact - top)
+    least, most = np.exp(low - top - spread) * (1 - exponential), np.exp(high - top + spread) * (1 + exponential)
+    share = weight / weight.sum(1)[:, None]
+    z = share @ v
+    moved = np.maximum(most - weight, weight - least)
+    away = np.einsum("rt,rtd->rd", moved, np.abs(v[None] - z[:, None])) / least.sum(1)[:, None]
+    return z, away + ((2 * _alpha(len(k)) + 10) * unit + soft) * (share @ np.abs(v))
+
+
+def _scores(call: Call, q: Array, k: Array, bias: Array, dtype: np.dtype) -> tuple[Array, Array, Array]:
+    """The least, exact and largest score an honest kernel may give each key; -inf where masked."""
+    u, unit = FORMATS[dtype].u, min(U32, FORMATS[dtype].u)
+    given = call.site.node.attributes.get("scale")
+    scale = 1.0 / np.sqrt(q.shape[1]) if given is None else float(given)
+    exact, size = scale * (q @ k.T), abs(scale) * (np.abs(q) @ np.abs(k).T)
+    # sqrt(scale), q and k times it, the product and its scaling may all be rounded to the dtype.
+    error = (_alpha(q.shape[1]) * unit + 4 * u) * size + 2 * u * np.abs(exact)
+    softcap = float(call.site.node.attributes.get("softcap", 0.0))
+    if softcap > 0:
+        exact = softcap * np.tanh(exact / softcap)
+        error = error + 4 * u * np.abs(exact) + 16 * unit * softcap
+    low, exact, high = exact - error + bias, exact + bias, exact + error + bias
+    for rounded in {np.dtype(np.float32) if u > U32 else dtype, dtype}:
+        low = np.minimum(low, _round(low, rounded))
+        high = np.maximum(high, _round(high, rounded))
+    return low, exact, high
+
+
+def _round(values: Array, dtype: np.dtype) -> Array:
+    with np.errstate(over="ignore"):
+        return values.astype(dtype).astype(np.float64)
+
+
+def _soft_unit(call: Call, dtype: np.dtype) -> float:
+    """The unit roundoff in which the softmax may be computed and its result be rounded."""
+    precision = call.site.node.attributes.get("softmax_precision")
+    if not precision:
+        return FORMATS[dtype].u
+    return float(max(FORMATS[dtype].u, FORMATS[np.dtype(onnx.helper.tensor_dtype_to_np_dtype(precision))].u))
+
+
+def _alpha(terms: int) -> float:
+    """Rounding errors of a sum of `terms`, in units of the sum of magnitudes (numerics-local section 2)."""
+    return float(min(terms + 2, 16 + 2 * np.sqrt(terms)))
+
+
+def _refuses(node: Node) -> str | None:
+    if len(node.outputs) > 3 and node.outputs[3]:
+        return "output qk_matmul_output is not supported"
+    if any(node.attributes.get(name, -1) >= 0 for name in ("left_window_size", "right_window_size")):
+        return "sliding windows are not supported"
+    return None
+
+
+OPS: dict[tuple[str, str], Op] = {
+    ("", "Attention"): Op(family=Family.ATTENTION, reach=_reach, check=_check, refuses=_refuses),
+    **rotary.OPS,
+}

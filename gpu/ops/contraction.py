@@ -1,0 +1,84 @@
+"""Matrix products: every output row is x w for rows x of one operand and a matrix w of the other.
+
+Rows that share a matrix are one `Product`, which gpu/freivalds.py recomputes or folds, whichever is cheaper.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu.freivalds import PROFILES, Product, check
+from gpu.ops import convolution, einsum, integers
+from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site
+from gpu.ops.matrices import layout, product_shape
+from gpu.rounding import compare_equal
+from proof.graph import Node, Spec
+
+
+def _reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
+    reached = dict(layout(site).reach(rows))
+    if len(site.inputs) > 2 and site.inputs[2] is not None:
+        shape = site.inputs[2].shape
+        reached[2] = rows if len(shape) == 2 and shape[0] > 1 else np.zeros(min(1, len(rows)), np.int64)
+    return reached
+
+
+def _check(call: Call) -> Measure:
+    form, rows, claimed = layout(call.site), call.rows[0], call.claimed[0]
+    alpha, bias = float(call.site.node.attributes.get("alpha", 1.0)), _bias(call)
+    worst = 0.0
+    for group in form.groups(rows):
+        x, w = form.operands(group, call.inputs)
+        y, added = claimed[group.at], bias[group.at] if len(bias) > 1 else bias
+        if y.dtype not in PROFILES:
+            exact = (x.astype(np.int64) @ w.astype(np.int64)) * int(alpha) + added.astype(np.int64)
+            compare_equal(y, exact.astype(y.dtype))
+            continue
+        scaled = x if alpha == 1.0 else x.astype(np.float64) * alpha
+        product = Product(scaled, w, y, added, label=f"{group.left}/{group.right}")
+        worst = max(worst, check(product, call.policy, call.draw, len(rows)))
+    return Measure(claimed.size, worst)
+
+
+def _bias(call: Call) -> npt.NDArray[np.float64]:
+    """beta C for the checked rows, (rows or 1, n or 1)."""
+    c = call.inputs[2] if len(call.inputs) > 2 else None
+    if c is None:
+        return np.zeros((1, 1))
+    beta = float(call.site.node.attributes.get("beta", 1.0))
+    own = len(c.spec.shape) == 2 and c.spec.shape[0] > 1
+    return beta * c.take(call.rows[0] if own else np.zeros(1, np.int64)).astype(np.float64)
+
+
+def _refuses_fused(node: Node) -> str | None:
+    for name in ("transBatchA", "transBatchB"):
+        if node.attributes.get(name, 0):
+            return f"{name} is not supported"
+    return None
+
+
+def _infer_fused(node: Node, inputs: tuple[Spec | None, ...]) -> tuple[Spec, ...]:
+    a, b = inputs[:2]
+    assert a is not None
+    assert b is not None
+    left, right = (
+        (*spec.shape[:-2], *spec.shape[:-3:-1]) if node.attributes.get(name, 0) else spec.shape
+        for spec, name in ((a, "transA"), (b, "transB"))
+    )
+    return (Spec(a.dtype, product_shape(left, right)),)
+
+
+def _product(**row: Any) -> Op:
+    return Op(family=Family.CONTRACTION, reach=_reach, check=_check, **row)
+
+
+OPS: dict[tuple[str, str], Op] = {
+    ("", "MatMul"): _product(),
+    ("", "Gemm"): _product(),
+    ("com.microsoft", "FusedMatMul"): _product(refuses=_refuses_fused, infer=_infer_fused),
+    **integers.OPS,
+    **convolution.OPS,
+    **einsum.OPS,
+}

@@ -1,0 +1,80 @@
+"""RotaryEmbedding-23: pairs of elements of each head turned by the angle of their position."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, every_row
+from gpu.rounding import FORMATS, U32, compare, compare_equal
+
+Ints = npt.NDArray[np.int64]
+
+X, COS, SIN, POSITIONS = range(4)
+
+
+def _places(site: Site, rows: RowIds) -> Ints:
+    """The place (batch, sequence) of each row of x, flattened."""
+    x = site.inputs[X]
+    assert x is not None
+    if len(x.shape) == 3:
+        return rows
+    _, heads, length, _ = x.shape
+    return rows // (heads * length) * length + rows % length
+
+
+def _given_positions(site: Site) -> bool:
+    return len(site.inputs) > POSITIONS and site.inputs[POSITIONS] is not None
+
+
+def _reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
+    """Which rows of the tables a position takes is data, so all of them are needed where positions are given."""
+    places = np.unique(_places(site, rows))
+    if not _given_positions(site):
+        return {X: rows, COS: places, SIN: places}
+    cos, positions = site.inputs[COS], site.inputs[POSITIONS]
+    assert cos is not None
+    assert positions is not None
+    table = every_row(cos) if len(rows) else rows
+    return {X: rows, COS: table, SIN: table, POSITIONS: np.unique(places // max(positions.width, 1))}
+
+
+def _check(call: Call) -> Measure:
+    x, cos, sin = call.inputs[:3]
+    assert x is not None
+    assert cos is not None
+    assert sin is not None
+    rows, claimed = call.rows[0], call.claimed[0]
+    numbers = _places(call.site, rows)
+    if _given_positions(call.site):
+        positions = call.inputs[POSITIONS]
+        assert positions is not None
+        numbers = positions.elements(numbers).astype(np.int64)
+        numbers = np.where(numbers < 0, numbers + cos.spec.rows, numbers)
+    heads = int(call.site.node.attributes.get("num_heads", 0)) if len(x.spec.shape) == 3 else 1
+    given, y = (array.reshape(len(rows), heads, -1) for array in (x.take(rows), claimed))
+    c, s = (table.take(numbers)[:, None, :].astype(np.float64) for table in (cos, sin))
+    turned = 2 * c.shape[-1]
+    compare_equal(y[..., turned:], given[..., turned:])
+    first, second = _pairs(call.site, given[..., :turned].astype(np.float64))
+    real, imaginary = _pairs(call.site, y[..., :turned])
+    unit = FORMATS[claimed.dtype].u + U32 * (claimed.dtype.itemsize < 8)
+    worst = max(
+        compare(real, c * first - s * second, unit * (np.abs(c * first) + np.abs(s * second))),
+        compare(imaginary, s * first + c * second, unit * (np.abs(s * first) + np.abs(c * second))),
+    )
+    return Measure(claimed.size, worst)
+
+
+def _pairs(site: Site, turned: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The two elements of every pair: neighbours where interleaved, else of the two halves."""
+    if site.node.attributes.get("interleaved", 0):
+        return turned[..., 0::2], turned[..., 1::2]
+    half = turned.shape[-1] // 2
+    return turned[..., :half], turned[..., half:]
+
+
+OPS: dict[tuple[str, str], Op] = {
+    ("", "RotaryEmbedding"): Op(family=Family.ATTENTION, reach=_reach, check=_check),
+}

@@ -1,0 +1,309 @@
+"""From a model to a concrete run: constants folded, every tensor's dtype and shape known, every node in the registry.
+
+`Model.open` refuses a graph that could not be checked at every node. `Model.plan` gives one run's tensors:
+graph inputs, then node outputs in graph order. Shapes come from ONNX's own inference, folded values from its
+reference evaluator, restricted to ops whose results are determined bit for bit.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TypeProto, helper, numpy_helper, shape_inference
+from onnx.reference import ReferenceEvaluator
+
+from gpu.ops.call import Op, Site
+from gpu.ops.registry import REGISTRY
+from gpu.rounding import is_float
+from proof.errors import Malformed
+from proof.graph import MAX_RANK, Graph, Node, Spec, dtype_name, read_graph, spec_of
+
+MAX_FOLDED_BYTES = 2**33  # one value computed from constants or shapes
+MAX_TENSOR_BYTES = 2**40
+MAX_SHAPE_VALUE = 4096  # elements of a value that shape inference may read
+PLANS_KEPT = 16  # per model, by input shapes
+
+SHAPE_ONLY = {("", "Shape"), ("", "Size")}  # ops that read no values
+
+Array = npt.NDArray[Any]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run: what must be committed, and what every node meets."""
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]  # graph outputs that a run produces, in graph order
+    specs: Mapping[str, Spec]
+    known: Mapping[str, Array]  # constants, and values that follow from shapes
+    derived: frozenset[str]  # node outputs among the known: the verifier computes them itself
+    sites: Mapping[int, Site] = field(repr=False)  # by node index
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Every tensor that a commitment covers: graph inputs, then node outputs in graph order."""
+        return self.inputs + tuple(name for node in self.nodes for name in node.outputs if name)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A graph that can be checked at every node, with its constant subgraphs folded."""
+
+    graph: Graph
+    nodes: tuple[Node, ...]  # those that a run executes
+    folded: tuple[Node, ...]
+    constants: Mapping[str, Array]
+    _plans: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], Plan] = field(repr=False, compare=False)
+
+    @property
+    def id(self) -> bytes:
+        return self.graph.id
+
+    @classmethod
+    def open(cls, source: Path | bytes) -> "Model":
+        """Read a model and fold it. Raises Malformed naming the op and node that cannot be checked."""
+        return cls.of(read_graph(source))
+
+    @classmethod
+    def of(cls, graph: Graph) -> "Model":
+        constants, folded, running = dict(graph.weights), [], []
+        from_shapes: set[str] = set()
+        for node in graph.nodes:
+            op = registry_row(node)
+            _refuse_unknown_values(node, op, constants.keys() | from_shapes)
+            if (node.domain, node.op) not in SHAPE_ONLY and _determined(graph, node, op, constants):
+                constants.update(_evaluate(graph, node, constants))
+                folded.append(node)
+                continue
+            running.append(node)
+            if (node.domain, node.op) in SHAPE_ONLY or _all_known(node, constants.keys() | from_shapes):
+                from_shapes.update(node.outputs)
+        if not running:
+            raise Malformed("the graph computes nothing from its inputs: there is no run to prove")
+        used = {name for node in running for name in node.inputs} | set(graph.outputs)
+        kept = {name: value for name, value in constants.items() if name in used}
+        return cls(graph, tuple(running), tuple(folded), kept, OrderedDict())
+
+    def plan(self, shapes: Shapes) -> Plan:
+        """The run on inputs of these shapes. Raises Malformed when they do not fit the graph."""
+        key = tuple(sorted((name, tuple(shape)) for name, shape in shapes.items()))
+        if key not in self._plans:
+            self._plans[key] = _Planner(self).plan(shapes)
+            while len(self._plans) > PLANS_KEPT:
+                self._plans.popitem(last=False)
+        return self._plans[key]
+
+    def report(self) -> dict[str, Any]:
+        """What there is to check, as JSON."""
+        families = Counter(str(registry_row(node).family) for node in self.nodes)
+        ops: dict[str, dict[str, int]] = {family: {} for family in sorted(families)}
+        for node in self.nodes:
+            row = ops[str(registry_row(node).family)]
+            row[node.op] = row.get(node.op, 0) + 1
+        weights = self.graph.weights.values()
+        return {
+            "model": self.id.hex(),
+            "nodes": len(self.nodes),
+            "folded": len(self.folded),
+            "families": dict(sorted(families.items())),
+            "ops": ops,
+            "weights": {
+                "tensors": len(weights),
+                "elements": sum(w.size for w in weights),
+                "bytes": sum(w.nbytes for w in weights),
+            },
+            "inputs": [
+                {"name": i.name, "dtype": dtype_name(i.dtype), "shape": list(i.shape)} for i in self.graph.inputs
+            ],
+            "outputs": list(self.graph.outputs),
+            "verifiable": True,
+        }
+
+
+def registry_row(node: Node) -> Op:
+    """The registry's row for a node. Raises Malformed naming both."""
+    op = REGISTRY.get((node.domain, node.op))
+    if op is None:
+        raise Malformed(f"{node}: the registry has no check for this op, so the model cannot be verified")
+    reason = op.refuses(node)
+    if reason:
+        raise Malformed(f"{node} cannot be verified: {reason}")
+    return op
+
+
+def _all_known(node: Node, known: Iterable[str]) -> bool:
+    return all(name in known for name in node.inputs if name)
+
+
+def _determined(graph: Graph, node: Node, op: Op, values: Mapping[str, Array]) -> bool:
+    """Whether known values determine a node's outputs bit for bit: the op is exact, or all of it is integers."""
+    if not _all_known(node, values):
+        return False
+    present = [values[name] for name in node.inputs if name]
+    if op.exact or not present or any(is_float(array.dtype) for array in present):
+        return op.exact
+    specs = _infer(graph, node, {name: spec_of(values[name]) for name in node.inputs if name}, values)
+    return not any(is_float(spec.dtype) for spec in specs.values())
+
+
+def _refuse_unknown_values(node: Node, op: Op, known: Iterable[str]) -> None:
+    for position in op.values:
+        name = node.inputs[position] if position < len(node.inputs) else ""
+        if name and name not in known:
+            raise Malformed(f"{node} cannot be verified: its input {name!r} depends on data, not only on shapes")
+
+
+def _evaluate(graph: Graph, node: Node, values: Mapping[str, Array]) -> dict[str, Array]:
+    """Outputs of an exact node, by ONNX's reference evaluator, after bounding their size."""
+    specs = _infer(graph, node, {name: spec_of(values[name]) for name in node.inputs if name}, values)
+    if sum(spec.nbytes for spec in specs.values()) > MAX_FOLDED_BYTES:
+        raise Malformed(f"{node} computes more than {MAX_FOLDED_BYTES} bytes from constants")
+    feeds = {name: values[name] for name in node.inputs if name}
+    proto = helper.make_graph(
+        [node.proto],
+        "folded",
+        [_value_info(name, spec_of(array)) for name, array in feeds.items()],
+        [_value_info(name, specs[name]) for name in node.outputs if name],
+    )
+    names = [name for name in node.outputs if name]
+    results = _evaluator(proto, graph.opsets).run(None, feeds)
+    return {
+        name: np.asarray(value, specs[name].dtype).reshape(specs[name].shape)
+        for name, value in zip(names, results, strict=True)
+    }
+
+
+def _evaluator(proto: onnx.GraphProto, opsets: Mapping[str, int]) -> ReferenceEvaluator:
+    """The evaluator at the model's opset, or at the newest where onnx has no implementation as old as that."""
+    for versions in (opsets, {**opsets, "": onnx.defs.onnx_opset_version()}):
+        imports = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
+        try:
+            return ReferenceEvaluator(helper.make_model(proto, opset_imports=imports))
+        except RuntimeError:  # "No implementation for operator"
+            continue
+    raise Malformed(f"op {proto.node[0].op_type} of constants cannot be evaluated")
+
+
+def _value_info(name: str, spec: Spec) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(spec.dtype), spec.shape)
+
+
+def _infer(graph: Graph, node: Node, specs: Mapping[str, Spec], values: Mapping[str, Array]) -> dict[str, Spec]:
+    """Dtype and shape of every present output of a node. Raises Malformed when they cannot be told."""
+    op = REGISTRY[(node.domain, node.op)]
+    if op.infer is not None:
+        inputs = tuple(specs[name] if name else None for name in node.inputs)
+        return {name: spec for name, spec in zip(node.outputs, op.infer(node, inputs), strict=False) if name}
+    types = {name: _type(specs[name]) for name in node.inputs if name}
+    small = {
+        name: numpy_helper.from_array(np.asarray(values[name], order="C"), name)
+        for name in node.inputs
+        if name in values and values[name].size <= MAX_SHAPE_VALUE
+    }
+    schema = onnx.defs.get_schema(node.op, graph.opsets[node.domain], node.domain)
+    opsets = [helper.make_opsetid(domain, version) for domain, version in graph.opsets.items()]
+    try:
+        inferred = shape_inference.infer_node_outputs(schema, node.proto, types, small, None, opsets)
+    except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        raise Malformed(f"{node} does not accept its inputs {_shapes(node, specs)}: {_first(error)}") from error
+    return {name: _spec(node, name, inferred.get(name), specs) for name in node.outputs if name}
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+def _type(spec: Spec) -> TypeProto:
+    return helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(spec.dtype), spec.shape)
+
+
+def _shapes(node: Node, specs: Mapping[str, Spec]) -> str:
+    return ", ".join(f"{specs[name].dtype}{list(specs[name].shape)}" for name in node.inputs if name)
+
+
+def _spec(node: Node, name: str, proto: TypeProto | None, specs: Mapping[str, Spec]) -> Spec:
+    tensor = proto.tensor_type if proto is not None else None
+    if tensor is None or not tensor.HasField("shape") or any(not d.HasField("dim_value") for d in tensor.shape.dim):
+        raise Malformed(f"{node}: the shape of {name!r} does not follow from the input shapes {_shapes(node, specs)}")
+    shape = tuple(dim.dim_value for dim in tensor.shape.dim)
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    dtype_name(dtype)
+    if len(shape) > MAX_RANK or any(dim < 0 for dim in shape) or Spec(dtype, shape).nbytes > MAX_TENSOR_BYTES:
+        raise Malformed(f"{node}: {name!r} would have the shape {shape}")
+    return Spec(dtype, shape)
+
+
+class _Planner:
+    """Walks the nodes once, carrying specs and the values that shapes determine."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.known: dict[str, Array] = dict(model.constants)
+        self.specs: dict[str, Spec] = {name: spec_of(value) for name, value in model.constants.items()}
+        self.derived: set[str] = set()
+        self.sites: dict[int, Site] = {}
+
+    def plan(self, shapes: Shapes) -> Plan:
+        model = self.model
+        self._take_inputs(shapes)
+        for node in model.nodes:
+            self._visit(node)
+        produced = {name for node in model.nodes for name in node.outputs}
+        return Plan(
+            nodes=model.nodes,
+            inputs=tuple(i.name for i in model.graph.inputs),
+            outputs=tuple(name for name in model.graph.outputs if name in produced),
+            specs=self.specs,
+            known=self.known,
+            derived=frozenset(self.derived),
+            sites=self.sites,
+        )
+
+    def _take_inputs(self, shapes: Shapes) -> None:
+        expected = {i.name for i in self.model.graph.inputs}
+        if shapes.keys() != expected:
+            raise Malformed(f"the model takes the inputs {sorted(expected)}, not {sorted(shapes)}")
+        for declared in self.model.graph.inputs:
+            shape = tuple(shapes[declared.name])
+            fits = len(shape) == len(declared.shape) and all(
+                size == dim or (not isinstance(dim, int) and size >= 0)
+                for size, dim in zip(shape, declared.shape, strict=True)
+            )
+            if not fits:
+                raise Malformed(f"input {declared.name!r} has the shape {shape}, not {declared.shape}")
+            spec = Spec(declared.dtype, shape)
+            if spec.nbytes > MAX_TENSOR_BYTES:
+                raise Malformed(f"input {declared.name!r} of shape {shape} is too large")
+            self.specs[declared.name] = spec
+
+    def _visit(self, node: Node) -> None:
+        outputs = _infer(self.model.graph, node, self.specs, self.known)
+        self.specs.update(outputs)
+        if (node.domain, node.op) in SHAPE_ONLY:
+            self._learn({node.outputs[0]: _shape_value(node, self.specs[node.inputs[0]])})
+        elif _determined(self.model.graph, node, registry_row(node), self.known):
+            self._learn(_evaluate(self.model.graph, node, self.known))
+        self.sites[node.index] = Site(
+            node=node,
+            inputs=tuple(self.specs[name] if name else None for name in node.inputs),
+            outputs=tuple(self.specs[name] if name else None for name in node.outputs),
+            known=tuple(self.known.get(name) for name in node.inputs),
+        )
+
+    def _learn(self, values: Mapping[str, Array]) -> None:
+        self.known.update(values)
+        self.derived.update(values)
+
+
+def _shape_value(node: Node, spec: Spec) -> Array:
+    if node.op == "Size":
+        return np.array(spec.size, np.int64)
+    start, end = node.attributes.get("start", 0), node.attributes.get("end")
+    return np.array(spec.shape[start:end], np.int64)

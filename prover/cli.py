@@ -1,0 +1,185 @@
+"""Commands of the proving side: model, run, commit, open, take."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gpu.plan import Model
+from proof import bundle
+from proof.attestation import read_key, sign_commitment
+from proof.digest import canonical
+from proof.encoding import octets, parse
+from proof.errors import Malformed
+from proof.messages import MAX_MESSAGE_BYTES, Challenge, Commitment, Task
+from prover import prove
+
+cli = typer.Typer()
+model_cli = typer.Typer(help="Look at a model.", no_args_is_help=True)
+cli.add_typer(model_cli, name="model")
+
+ModelFile = Annotated[Path, typer.Argument(metavar="MODEL.onnx", exists=True, dir_okay=False)]
+TraceFile = Annotated[Path, typer.Argument(metavar="TRACE.safetensors", exists=True, dir_okay=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+out = Console()
+err = Console(stderr=True)
+
+
+@model_cli.command("show")
+def show(model: ModelFile, as_json: Json = False) -> None:
+    """Id, nodes, ops by family and weights, and whether the model can be verified at every node."""
+    report = Model.open(model).report()
+    if as_json:
+        out.print_json(data=report)
+        return
+    table = Table(title=f"model {report['model']}")
+    for column in ("family", "nodes", "ops"):
+        table.add_column(column)
+    for family, ops in report["ops"].items():
+        named = ", ".join(f"{op} {count}" for op, count in sorted(ops.items()))
+        table.add_row(family, str(report["families"][family]), named)
+    out.print(table)
+    weights = report["weights"]
+    out.print(f"{report['nodes']} nodes to check, {report['folded']} folded into constants")
+    out.print(f"{weights['elements']:,} weights in {weights['tensors']} tensors, {weights['bytes']:,} bytes")
+    for entry in report["inputs"]:
+        out.print(f"input {entry['name']}: {entry['dtype']} {entry['shape']}")
+    out.print("every node can be verified")
+
+
+@cli.command()
+def run(
+    model: ModelFile,
+    inputs: Annotated[Path, typer.Argument(metavar="INPUTS.safetensors", exists=True, dir_okay=False)],
+    trace: Annotated[Path, typer.Option(help="Where the trace goes.", metavar="TRACE.safetensors")],
+    threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 leaves the choice to it.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Run a model with ONNX Runtime, graph optimisations off, and record every node output."""
+    from prover.engines import onnxruntime  # a worker on another engine need not have it
+
+    opened = Model.open(model)
+    with err.status("running the model"):
+        recorded = onnxruntime.record(model, opened, bundle.read(inputs).tensors, threads)
+    bundle.write(trace, recorded.items(), {"model": opened.id.hex()})
+    size = sum(array.nbytes for array in recorded.values())
+    _say({"trace": str(trace), "tensors": len(recorded), "bytes": size}, as_json)
+
+
+@cli.command()
+def commit(
+    model: ModelFile,
+    trace: TraceFile,
+    to: Annotated[Path, typer.Option("--out", metavar="COMMITMENT.json")],
+    task: Annotated[Path | None, typer.Option(help="The task that the run is for.", metavar="TASK.json")] = None,
+    key: Annotated[Path | None, typer.Option(help="File with the worker's key; needed with a task.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Commit to a trace, honest or not: one Merkle root a tensor and one over all of them."""
+    if (task is None) != (key is None):
+        raise Malformed("a task and a key go together: the commitment to a task is signed")
+    wanted = Task.from_json(read_json(task)) if task else None
+    made = _committed(model, trace, wanted).commitment
+    if wanted and key:
+        made = sign_commitment(made, wanted.reward, read_key(key))
+    to.write_bytes(canonical(made.to_json()))
+    _say({"commitment": made.digest().hex(), "root": made.root().hex(), "tensors": len(made.tensors)}, as_json)
+
+
+@cli.command("open")
+def open_(
+    model: ModelFile,
+    trace: TraceFile,
+    challenge: Annotated[Path, typer.Argument(metavar="CHALLENGE.json", exists=True, dir_okay=False)],
+    to: Annotated[Path, typer.Option("--out", metavar="PROOF.safetensors")],
+    task: Annotated[Path | None, typer.Option(metavar="TASK.json")] = None,
+    commitment: Annotated[
+        Path | None, typer.Option(help="The signed commitment, where there is one.", metavar="COMMITMENT.json")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Open the rows that a challenge selects, and write the proof."""
+    asked = Challenge.from_json(read_json(challenge))
+    wanted = Task.from_json(read_json(task)) if task else None
+    committed = _committed(model, trace, wanted)
+    signed = Commitment.from_json(read_json(commitment)) if commitment else committed.commitment
+    if asked.commitment != signed.digest():
+        raise Malformed("the challenge is for another commitment: commit to this trace and have it challenged")
+    proof = prove.answer(committed, signed, asked, wanted)
+    bundle.write_proof(to, proof)
+    rows = sum(len(opening.rows) for opening in proof.openings.values())
+    _say({"proof": str(to), "rows": rows, "bytes": to.stat().st_size}, as_json)
+
+
+@cli.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where bundles go; emptied first.")] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """An honest worker and cheats of every kind against a real service; exit 0 iff the honest one alone is paid."""
+    from prover import demo as show_case  # needs the packages of the extra `demo`
+
+    result = show_case.run(folder, err)
+    if as_json:
+        out.print_json(data=result)
+    else:
+        show_case.show(result, out)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@cli.command()
+def take(
+    model: ModelFile,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's id, 64 hex digits.")],
+    key: Annotated[Path, typer.Option(help="File with the worker's key, 64 hex digits; its address is paid.")],
+    url: Annotated[str, typer.Option(help="The verification service.")] = "http://127.0.0.1:8420",
+    as_json: Json = False,
+) -> None:
+    """Do one task of a service: fetch its inputs, run, commit, open, upload, and wait for the verdict."""
+    from prover.client import Client
+    from prover.engines import onnxruntime
+    from prover.sidecar import serve
+
+    opened = Model.open(model)
+    with Client(url) as client, err.status("at work"):
+        served = serve(
+            client,
+            octets(task, "TASK", 32),
+            opened,
+            lambda inputs: onnxruntime.record(model, opened, inputs),
+            read_key(key),
+        )
+    verdict = served.verdict
+    reason = verdict.reason and str(verdict.reason)
+    _say({"verdict": verdict.verdict, "reason": reason, "detail": verdict.detail}, as_json)
+    if verdict.verdict != "accepted":
+        raise typer.Exit(1)
+
+
+def _committed(model: Path, trace: Path, task: Task | None) -> prove.Committed:
+    opened = Model.open(model)
+    tensors: Mapping[str, npt.NDArray[Any]] = bundle.read(trace).tensors
+    with err.status("hashing the trace") as status:
+        return prove.commit(opened, tensors, task, lambda name: status.update(f"hashed {name}"))
+
+
+def read_json(path: Path) -> object:
+    """A JSON file of bounded size. Raises Malformed naming the file."""
+    if not path.is_file() or path.stat().st_size > MAX_MESSAGE_BYTES:
+        raise Malformed(f"{path} is not a file of at most {MAX_MESSAGE_BYTES} bytes")
+    return parse(path.read_bytes(), str(path), MAX_MESSAGE_BYTES)
+
+
+def _say(values: Mapping[str, object], as_json: bool) -> None:
+    if as_json:
+        out.print_json(data=dict(values))
+        return
+    for name, value in values.items():
+        shown = f"{value:,}" if isinstance(value, int | np.integer) else value
+        out.print(f"{name}: {shown}", highlight=False)

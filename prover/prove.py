@@ -1,0 +1,84 @@
+"""THE FLOW of a worker, its steps numbered as in verifier/verify.py.
+
+A trace maps ONNX value names to arrays: graph inputs and node outputs, as the engine produced them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu import hashing
+from gpu.plan import Model, Plan
+from gpu.reach import selection
+from proof.bundle import Opening, Proof
+from proof.errors import Malformed
+from proof.graph import dtype_name, spec_of
+from proof.messages import Challenge, Commitment, Task, TensorClaim
+
+Array = npt.NDArray[Any]
+Trace = Mapping[str, Array]
+Levels = list[npt.NDArray[np.uint8]]
+Progress = Callable[[str], None]  # called with the name of each tensor as it is done
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A commitment with what opening it needs: the trace and the tree above each tensor's rows."""
+
+    plan: Plan
+    trace: Trace
+    trees: Mapping[str, Levels]
+    commitment: Commitment
+
+
+def plan_of(model: Model, trace: Trace) -> Plan:
+    """The run that a trace records, from the shapes of its inputs. Raises Malformed for a missing input."""
+    names = [i.name for i in model.graph.inputs]
+    missing = [name for name in names if name not in trace]
+    if missing:
+        raise Malformed(f"the trace lacks the graph inputs {missing}")
+    return model.plan({name: trace[name].shape for name in names})
+
+
+def commit(model: Model, trace: Trace, task: Task | None = None, progress: Progress = lambda _: None) -> Committed:
+    """Bind every tensor of a trace. Honest or not is no matter here; only names, dtypes and shapes must fit.
+
+    Raises Malformed naming the tensor that is missing or has another dtype or shape than the graph gives.
+    """
+    plan = plan_of(model, trace)
+    trees, claims = {}, []
+    for name in plan.tensors:
+        array = _tensor(plan, trace, name)
+        trees[name] = hashing.tensor_levels(array)
+        root = hashing.root(trees[name])
+        claims.append(TensorClaim(name, dtype_name(array.dtype), array.shape, root))
+        progress(name)
+    commitment = Commitment(
+        model=model.id, task=task.id() if task else None, tensors=tuple(claims), worker=None, signature=None
+    )
+    return Committed(plan, trace, trees, commitment)
+
+
+def _tensor(plan: Plan, trace: Trace, name: str) -> Array:
+    if name not in trace:
+        raise Malformed(f"the trace lacks {name!r}: record every node output")
+    if spec_of(trace[name]) != plan.specs[name]:
+        found, wanted = (f"{s.dtype}{list(s.shape)}" for s in (spec_of(trace[name]), plan.specs[name]))
+        raise Malformed(f"{name!r} is {found} in the trace; the graph gives {wanted}")
+    return trace[name]
+
+
+def answer(committed: Committed, commitment: Commitment, challenge: Challenge, task: Task | None = None) -> Proof:
+    """Open what the challenge selects. `commitment` is the signed form of the committed one."""
+    # 3 ---- selection: the challenge picks the rows, and the ops the rows that their checks need
+    opened = selection(committed.plan, challenge).opened
+    # 4 ---- openings: the rows, with what leads from them to the committed roots
+    openings = {}
+    for name, rows in opened.items():
+        spec = committed.plan.specs[name]
+        data = np.ascontiguousarray(committed.trace[name]).reshape(spec.rows, spec.width)[rows]
+        openings[name] = Opening(data, hashing.multiproof(committed.trees[name], rows))
+    return Proof(task, commitment, challenge, openings)

@@ -1,0 +1,51 @@
+"""The work on one task, from its inputs to the uploaded proof; the process beside a worker calls it per task."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import numpy.typing as npt
+
+from gpu.plan import Model
+from proof import bundle
+from proof.attestation import sign_commitment
+from proof.messages import Verdict
+from prover import prove
+from prover.client import Client
+
+Trace = Mapping[str, npt.NDArray[Any]]
+Engine = Callable[[Mapping[str, npt.NDArray[Any]]], Trace]
+
+
+@dataclass(frozen=True)
+class Served:
+    """How one task went: seconds to run the model and to commit, bytes of the proof, and the verdict."""
+
+    run_seconds: float
+    commit_seconds: float
+    proof_bytes: int
+    verdict: Verdict
+
+
+def serve(client: Client, task: bytes, model: Model, engine: Engine, key: bytes) -> Served:
+    """Run, commit, answer the challenge, upload, and wait for the verdict. `key` is the worker's private key.
+
+    Raises Conflict when the task is taken or over, Unavailable when the service does not answer.
+    """
+    with TemporaryDirectory(prefix="assay-") as folder:
+        terms = client.task(task)
+        inputs = client.inputs(task, Path(folder))
+        started = perf_counter()
+        trace = engine(inputs)
+        ran = perf_counter()
+        committed = prove.commit(model, trace, terms)
+        signed = sign_commitment(committed.commitment, terms.reward, key)
+        done = perf_counter()
+        challenge = client.commit(task, signed)
+        path = Path(folder) / "proof.safetensors"
+        bundle.write_proof(path, prove.answer(committed, signed, challenge, terms))
+        client.upload(task, path, signed.digest(), terms.reward, key)
+        return Served(ran - started, done - ran, path.stat().st_size, client.verdict(task))

@@ -1,0 +1,1 @@
+"""Checks a proof, keeps the record, signs the verdict."""

@@ -1,0 +1,170 @@
+"""What `verify` checks, one function a step. Each returns nothing that could be forgotten: it raises Rejected."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gpu import hashing
+from gpu.ops.call import Call, Tensor
+from gpu.plan import Model, Plan, registry_row
+from gpu.reach import Selection
+from proof.attestation import verify_commitment_signature
+from proof.bundle import Proof
+from proof.encoding import MAX_TEXT_BYTES
+from proof.errors import Malformed, Reason, Rejected
+from proof.graph import Node, dtype_name
+from proof.messages import Challenge, Commitment, Task
+from proof.policy import Policy
+from proof.sampling import Draw
+
+
+@dataclass
+class Coverage:
+    """What has been covered so far, by op family; read into the verdict whichever way it goes."""
+
+    nodes: int = 0
+    entries: dict[str, int] = field(default_factory=dict)
+    ratio: dict[str, float] = field(default_factory=dict)
+
+    def add(self, family: str, entries: int, ratio: float) -> None:
+        self.entries[family] = self.entries.get(family, 0) + entries
+        self.ratio[family] = max(self.ratio.get(family, 0.0), ratio)
+
+
+def binding(proof: Proof, model: Model, task: Task | None, asked: Challenge | None) -> None:
+    """Task, commitment, signature, challenge and model belong together."""
+    commitment, challenge = proof.commitment, proof.challenge
+    if asked is not None:
+        _same("challenge", challenge.digest(), asked.digest())
+    _same("model", commitment.model, model.id)
+    _same("challenged commitment", challenge.commitment, commitment.digest())
+    _same("task", commitment.task, task.id() if task else None)
+    if task is None:
+        return
+    _same("task's model", task.model, model.id)
+    _same("policy", challenge.policy, task.policy)
+    verify_commitment_signature(commitment, task.reward)
+
+
+def shortened(detail: str) -> str:
+    """A detail that fits a verdict."""
+    return detail.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
+
+
+def _same(what: str, found: bytes | str | None, wanted: bytes | str | None) -> None:
+    if found != wanted:
+        raise Rejected(Reason.BINDING, f"{what} {_show(found)} where {_show(wanted)} belongs")
+
+
+def _show(value: bytes | str | None) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def shapes(commitment: Commitment, model: Model) -> Plan:
+    """The plan that the model gives for the committed input shapes; every claim must equal it."""
+    claims = {claim.name: claim for claim in commitment.tensors}
+    try:
+        plan = model.plan({i.name: claims[i.name].shape for i in model.graph.inputs})
+    except KeyError as error:
+        raise Rejected(Reason.SHAPE, f"no input {error} is committed") from error
+    except Malformed as error:
+        raise Rejected(Reason.SHAPE, str(error)) from error
+    found = [(claim.name, claim.dtype, claim.shape) for claim in commitment.tensors]
+    wanted = [(name, dtype_name(plan.specs[name].dtype), plan.specs[name].shape) for name in plan.tensors]
+    if found != wanted:
+        first = next((pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]), None)
+        detail = f"{first[0]} where the graph gives {first[1]}" if first else f"{len(found)} tensors, not {len(wanted)}"
+        raise Rejected(Reason.SHAPE, f"committed {detail}")
+    return plan
+
+
+def selected(proof: Proof, plan: Plan, chosen: Selection) -> None:
+    """Exactly the selected tensors are opened, each with as many rows as were selected."""
+    if proof.openings.keys() != chosen.opened.keys():
+        odd = sorted(proof.openings.keys() ^ chosen.opened.keys())
+        raise Rejected(Reason.SELECTION, f"opened other tensors than the challenge selects: {odd[:3]}")
+    for name, rows in chosen.opened.items():
+        spec, found = plan.specs[name], proof.openings[name].rows
+        if found.dtype != spec.dtype or found.shape != (len(rows), spec.width):
+            raise Rejected(
+                Reason.SELECTION,
+                f"{name!r}: opened {found.dtype}{found.shape} where {spec.dtype}{(len(rows), spec.width)} is selected",
+            )
+
+
+def openings(proof: Proof, plan: Plan, chosen: Selection) -> None:
+    """Every opened row lies under the committed root of its tensor."""
+    roots = {claim.name: claim.root for claim in proof.commitment.tensors}
+    for name, rows in chosen.opened.items():
+        opening = proof.openings[name]
+        if not len(rows) and plan.specs[name].rows:
+            raise Rejected(Reason.SELECTION, f"{name!r}: nothing of it is opened")
+        digests = hashing.row_digests(opening.rows)
+        if hashing.multiproof_root(plan.specs[name].rows, rows, digests, opening.siblings) != roots[name]:
+            raise Rejected(Reason.OPENING, f"{name!r}: the opened rows do not lead to its committed root")
+
+
+def ends(proof: Proof, plan: Plan, task: Task | None) -> None:
+    """Inputs are the task's, and values that follow from shapes are the ones we compute."""
+    claims = {claim.name: claim for claim in proof.commitment.tensors}
+    for wanted in task.inputs if task else ():
+        if claims.get(wanted.name) != wanted:
+            raise Rejected(Reason.INPUT, f"input {wanted.name!r} is not the task's")
+    if task and len(task.inputs) != len(plan.inputs):
+        raise Rejected(Reason.INPUT, f"the task gives {len(task.inputs)} inputs, the model takes {len(plan.inputs)}")
+    for node in plan.nodes:
+        for name in node.outputs:
+            if name in plan.derived and hashing.root(hashing.tensor_levels(plan.known[name])) != claims[name].root:
+                raise Rejected(Reason.REEXECUTION, f"{name!r} is not what the shapes give", node.name)
+
+
+def nodes(proof: Proof, plan: Plan, chosen: Selection, rules: Policy, seed: bytes, coverage: Coverage) -> None:
+    """Every node, by the check of its registry row, from the committed bits it consumed to those it produced."""
+    tensors = _tensors(proof, plan, chosen)
+    for node in plan.nodes:
+        if not all(name in plan.derived for name in node.outputs if name):
+            try:
+                _node(node, plan, chosen, tensors, rules, seed, coverage)
+            except Rejected as rejection:
+                raise Rejected(rejection.reason, f"{node}: {rejection.detail}", node.name) from rejection
+        coverage.nodes += 1
+
+
+def _tensors(proof: Proof, plan: Plan, chosen: Selection) -> dict[str, Tensor]:
+    tensors = {name: Tensor(plan.specs[name], proof.openings[name].rows, rows) for name, rows in chosen.opened.items()}
+    for name, value in plan.known.items():
+        spec = plan.specs[name]
+        tensors[name] = Tensor(spec, value.reshape(spec.rows, spec.width))
+    return tensors
+
+
+def _node(
+    node: Node,
+    plan: Plan,
+    chosen: Selection,
+    tensors: dict[str, Tensor],
+    rules: Policy,
+    seed: bytes,
+    coverage: Coverage,
+) -> None:
+    none = np.zeros(0, np.int64)
+    rows = tuple(chosen.checked.get(name, none) for name in node.outputs)
+    claimed = tuple(
+        tensors[name].take(chosen.checked[name]) if name in chosen.checked else np.zeros((0, 0), np.float32)
+        for name in node.outputs
+    )
+    op = registry_row(node)
+    measure = op.check(
+        Call(
+            site=plan.sites[node.index],
+            inputs=tuple(tensors[name] if name else None for name in node.inputs),
+            rows=rows,
+            claimed=claimed,
+            policy=rules,
+            draw=Draw(seed, f"node/{node.index}"),
+        )
+    )
+    expected = sum(values.size for values in claimed)
+    if measure.entries != expected:
+        raise RuntimeError(f"{node}: the check covered {measure.entries} of {expected} entries")
+    coverage.add(str(op.family), measure.entries, measure.ratio)

@@ -1,0 +1,57 @@
+"""THE FLOW: statement, proof, model and seed give a verdict. No clock, network, store or environment.
+
+Steps are numbered as in prover/prove.py.
+"""
+
+from gpu.plan import Model
+from gpu.reach import selection
+from proof.bundle import Proof
+from proof.errors import Rejected
+from proof.messages import Challenge, Task, Verdict
+from proof.policy import policy
+from verifier import checks
+
+
+def verify(
+    proof: Proof, model: Model, seed: bytes, *, task: Task | None, challenge: Challenge | None = None
+) -> Verdict:
+    """Decide whether `proof` shows a run of `model`. Reads and writes nothing else.
+
+    `task` and `challenge` are the verifier's own record of what was asked; where there is none, as in a file checked
+    offline, the proof is held to what it says of itself. `seed` (32 bytes) must have been drawn after the proof was
+    fixed. Returns a verdict either way. Raises Malformed for a policy that is not known; lets Unavailable through: a
+    fault of ours is no verdict.
+    """
+    # 1 ---- policy: the challenge names a policy that we know
+    rules = policy(proof.challenge.policy)
+    coverage = checks.Coverage()
+    rejection: Rejected | None = None
+    try:
+        # 2 ---- binding: task, commitment, signature and challenge belong together
+        checks.binding(proof, model, task, challenge)
+        # 3 ---- selection: the graph gives the tensors; the challenge, and nothing the prover chose, the rows
+        plan = checks.shapes(proof.commitment, model)
+        chosen = selection(plan, proof.challenge)
+        checks.selected(proof, plan, chosen)
+        # 4 ---- openings: every opened row lies under the committed root
+        checks.openings(proof, plan, chosen)
+        # 5 ---- ends: inputs are the task's; what follows from shapes alone is what we compute
+        checks.ends(proof, plan, task)
+        # 6 ---- nodes: every node of the graph, by the check of its registry row
+        checks.nodes(proof, plan, chosen, rules, seed, coverage)
+    except Rejected as failure:
+        rejection = failure
+    return Verdict(
+        verdict="rejected" if rejection else "accepted",
+        reason=rejection.reason if rejection else None,
+        detail=checks.shortened(rejection.detail) if rejection else "",
+        node=rejection.node if rejection else None,
+        nodes_total=len(model.nodes),
+        nodes_checked=coverage.nodes,
+        rows=rules.rows,
+        policy=rules.name,
+        misses=rules.report(),
+        task=task.id() if task else None,
+        commitment=proof.commitment.digest(),
+        check_seed=seed,
+    )
