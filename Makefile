@@ -27,7 +27,7 @@ test: $(VENV)/assay.stamp lint
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/assay.stamp
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=min,median,rounds
+	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=min,median,rounds
 
 clean:
 	rm -rf $(VENV) demo

@@ -81,7 +81,7 @@ def _start(settings: Settings, workers: int, running: ExitStack) -> tuple[Door, 
         settings = replace(settings, redis=valkey.url)
     environ = {**THREADS, **os.environ, "ASSAY_REDIS_URL": settings.redis or "", "ASSAY_DATA": str(settings.data)}
     for _ in range(workers):
-        child = Child("verifier.cli", ["work", "--with-parent"], environ)
+        child = Child("verifier.cli", ["--with-parent"], environ)
         running.callback(child.stop)
         child.ensure()
         children.append(child)

@@ -117,6 +117,7 @@ class Verdict(Body):
     nodes_checked: int
     rows: Annotated[int | None, Field(description="Opened of each tensor; null: all.")]
     policy: PolicyName
+    entries: Annotated[dict[str, int], Field(description="Op family -> entries of node outputs that were checked.")]
     misses: Annotated[dict[str, float], Field(description="Fraction of wrong rows -> probability that none is opened.")]
     task: Digest | None
     commitment: Digest

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu.ops.call import RowIds, every_row
+from gpu.ops.call import RowIds, distinct, every_row
 from gpu.plan import Plan, registry_row
 from proof.messages import Challenge
 from proof.policy import policy
@@ -46,4 +46,4 @@ def selection(plan: Plan, challenge: Challenge) -> Selection:
 
 
 def _union(parts: list[RowIds]) -> RowIds:
-    return parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
+    return parts[0] if len(parts) == 1 else distinct(np.concatenate(parts))

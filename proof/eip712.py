@@ -44,8 +44,7 @@ def word(kind: str, value: Any) -> bytes:
         return keccak(value.encode())
     if not 0 <= value < 2 ** int(kind.removeprefix("uint")):
         raise ValueError(f"not a value of type {kind}")
-    number: int = value
-    return number.to_bytes(DIGEST_BYTES, "big")
+    return int(value).to_bytes(DIGEST_BYTES, "big")
 
 
 def struct_hash(declaration: str, values: Iterable[Any]) -> bytes:
@@ -66,7 +65,7 @@ def address_of(private_key: bytes) -> str:
 
 def sign(message: bytes, private_key: bytes) -> bytes:
     """The signature of a digest (RFC 6979 nonces)."""
-    signature = _key(private_key).sign_recoverable(message, hasher=None)
+    signature = bytes(_key(private_key).sign_recoverable(message, hasher=None))
     return signature[:64] + bytes([27 + signature[64]])
 
 

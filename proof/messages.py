@@ -5,7 +5,8 @@ field. A digest is over the canonical form (RFC 8785), so spelling and order of 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from proof import merkle
@@ -18,6 +19,7 @@ from proof.policy import POLICIES
 MAX_TENSORS = 100_000
 MAX_MESSAGE_BYTES = 16 * 2**20
 MAX_MISSES = 64
+MAX_FAMILIES = 64
 SIGNATURE_BYTES = 65
 
 Json = dict[str, Any]
@@ -141,6 +143,10 @@ class Commitment:
 
     def root(self) -> bytes:
         """The root of the tree whose leaf hashes are the digests of the tensors."""
+        return self._root
+
+    @cached_property
+    def _root(self) -> bytes:
         digests = [claim.digest() for claim in self.tensors]
         return merkle.root_hash(merkle.build(merkle.BLAKE3, digests))
 
@@ -219,6 +225,7 @@ class Verdict:
     rows: int | None  # opened of each tensor; None: all
     policy: str
     misses: Mapping[str, float]  # fraction of wrong rows -> probability that none is opened
+    entries: Mapping[str, int] = field(default_factory=dict)  # op family -> entries of node outputs that were checked
     task: bytes | None
     commitment: bytes
     check_seed: bytes
@@ -237,6 +244,7 @@ class Verdict:
             "rows": self.rows,
             "policy": self.policy,
             "misses": dict(self.misses),
+            "entries": dict(self.entries),
             "task": self.task and self.task.hex(),
             "commitment": self.commitment.hex(),
             "check_seed": self.check_seed.hex(),
@@ -257,6 +265,7 @@ class Verdict:
             rows=None if rows is None else integer(rows, f"{at}.rows"),
             policy=_policy(member["policy"], f"{at}.policy"),
             misses=_misses(member["misses"], f"{at}.misses"),
+            entries=_entries(member["entries"], f"{at}.entries"),
             task=None if task is None else octets(task, f"{at}.task", DIGEST_BYTES),
             commitment=octets(member["commitment"], f"{at}.commitment", DIGEST_BYTES),
             check_seed=octets(member["check_seed"], f"{at}.check_seed", DIGEST_BYTES),
@@ -304,3 +313,9 @@ def _misses(value: object, at: str) -> dict[str, float]:
         if type(miss) not in (int, float) or not 0 <= miss <= 1:
             raise Malformed(f"{at}.{fraction}: not a probability")
     return {fraction: float(miss) for fraction, miss in value.items()}
+
+
+def _entries(value: object, at: str) -> dict[str, int]:
+    if not isinstance(value, dict) or len(value) > MAX_FAMILIES:
+        raise Malformed(f"{at}: not an object of at most {MAX_FAMILIES} members")
+    return {name(family, at): integer(count, f"{at}.{family}") for family, count in value.items()}

@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib import import_module
+from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from proof.errors import Conflict, Malformed, Unavailable
 from proof.messages import Challenge, Reward
 from prover import cheats, prove, sentences
 from prover.client import Client, terms
-from prover.engines.onnxruntime import Recorder
+from prover.engines.onnxruntime import Recorder, plain
 from prover.sidecar import Engine, serve
 
 START = 60.0  # seconds for the service to come up
@@ -52,22 +55,34 @@ TEXTS = (
 )
 
 
+MODULES = ("random", "statistics", "decimal", "heapq", "argparse", "optparse", "threading", "multiprocessing.pool")
+LENGTH = 512  # tokens of each document
+
+
+def documents() -> tuple[str, ...]:
+    """Real English at length: the documentation that comes with Python itself."""
+    modules = [import_module(name) for name in MODULES]
+    members = [[m] + [getattr(m, n) for n in getattr(m, "__all__", dir(m))] for m in modules]
+    return tuple(" ".join(str(getdoc(member) or "") for member in found) for found in members)
+
+
 @dataclass(frozen=True)
 class Row:
-    """One worker's line in the table. Seconds and bytes are None where it never came that far."""
+    """One worker's line in the table. `run_seconds` is the plain model on the task's inputs; the rest is None where it
+    never came that far."""
 
     worker: str
     did: str
     verdict: str
     reason: str | None
     node: str | None
+    run_seconds: float
     proof_bytes: int | None = None
-    run_seconds: float | None = None
     check_seconds: float | None = None
 
     @property
     def ratio(self) -> float | None:
-        return self.check_seconds / self.run_seconds if self.check_seconds and self.run_seconds else None
+        return self.check_seconds / self.run_seconds if self.check_seconds else None
 
 
 @dataclass
@@ -79,6 +94,18 @@ class Stage:
     model: Model
     inputs: dict[str, Array]
     folder: Path
+
+    @cached_property
+    def run_seconds(self) -> float:
+        """The model as it stands, nothing recorded, once it is warm."""
+        model = plain(self.source)
+        model(self.inputs)
+        started = time.perf_counter()
+        model(self.inputs)
+        return time.perf_counter() - started
+
+    def row(self, worker: str, did: str) -> Row:
+        return Row(worker, did, "accepted", None, None, self.run_seconds)
 
     def post(self, inputs: dict[str, Array] | None = None) -> bytes:
         """A protocol posts a new task."""
@@ -110,7 +137,7 @@ def computing(worker: str, did: str, engine: Callable[[Stage], Engine]) -> Attem
     def attempt(stage: Stage, key: bytes) -> Row:
         task = stage.post()
         served = serve(stage.client, task, stage.model, engine(stage), key)
-        return _judged(stage, task, Row(worker, did, "", None, None, served.proof_bytes, served.run_seconds))
+        return _judged(stage, task, replace(stage.row(worker, did), proof_bytes=served.proof_bytes))
 
     return attempt
 
@@ -118,8 +145,7 @@ def computing(worker: str, did: str, engine: Callable[[Stage], Engine]) -> Attem
 def _judged(stage: Stage, task: bytes, row: Row) -> Row:
     verdict = stage.client.verdict(task)
     stage.client.attestation(task)
-    name = row.worker.replace(" ", "-")
-    stage.client.bundle(task, stage.folder / f"{name}.safetensors")
+    stage.client.bundle(task, stage.folder / f"{row.worker}.safetensors")
     return replace(
         row,
         verdict=verdict.verdict,
@@ -157,7 +183,7 @@ def _stale(stage: Stage) -> Engine:
 
 
 def _replay(stage: Stage, key: bytes) -> Row:
-    row = Row("replayer", "uploads the accepted proof of an earlier task", "", None, None)
+    row = stage.row("replayer", "uploads the proof of an earlier task")
     earlier, task = stage.post(), stage.post()
     _, old = stage.answer(earlier, key)
     committed, _ = stage.answer(task, key)
@@ -165,7 +191,7 @@ def _replay(stage: Stage, key: bytes) -> Row:
 
 
 def _other_rows(stage: Stage, key: bytes) -> Row:
-    row = Row("chooser", "opens rows of its own choice", "", None, None)
+    row = stage.row("chooser", "opens rows of its own choice")
     task = stage.post()
     committed, proof = stage.answer(task, key, seed=bytes(32))
     return _uploaded(stage, task, key, proof, committed, row)
@@ -181,7 +207,7 @@ def _uploaded(stage: Stage, task: bytes, key: bytes, proof: Any, committed: prov
 
 
 def _second_commitment(stage: Stage, key: bytes) -> Row:
-    row = Row("gambler", "commits again after it has seen the challenge", "accepted", None, None)
+    row = stage.row("gambler", "commits again after it has seen the challenge")
     task = stage.post()
     stage.answer(task, key)
     lie = cheats.bent(dict(stage.engine()(stage.inputs)), "linear_15", np.zeros_like)
@@ -194,7 +220,7 @@ def _second_commitment(stage: Stage, key: bytes) -> Row:
 
 
 def _thief(stage: Stage, key: bytes) -> Row:
-    row = Row("thief", "uploads a proof for the commitment of another", "accepted", None, None)
+    row = stage.row("thief", "uploads a proof for the commitment of another")
     task = stage.post()
     committed, proof = stage.answer(task, key)
     path = stage.folder / "upload.safetensors"
@@ -208,7 +234,8 @@ def _thief(stage: Stage, key: bytes) -> Row:
     return row
 
 
-HONEST = computing("honest", "runs the model", lambda stage: stage.engine())
+HONEST = computing("honest", "runs the model on 8 sentences", lambda stage: stage.engine())
+READER = computing("reader", f"runs it on 8 documents of {LENGTH} tokens", lambda stage: stage.engine())
 CHEATS: tuple[Attempt, ...] = (
     computing("miser", "runs the weights in 4 bits", _running(lambda s: cheats.quantised(s, 4))),
     computing("impostor", "runs another model of the same shape", _running(cheats.impostor)),
@@ -235,20 +262,23 @@ def run(folder: Path, console: Console) -> dict[str, Any]:
         status.update("registering all-MiniLM-L6-v2")
         client.register(path)
         stage = Stage(client, path.read_bytes(), Model.open(path), sentences.tokenised(TEXTS), folder)
-        status.update("honest at work")
-        honest = HONEST(stage, secrets.token_bytes(32))
-        rows, paid, closest = [honest], None, []
-        if honest.verdict == "accepted":
-            paid, closest = _paid(stage), _closest(stage)
+        status.update("honest workers at work")
+        honest = [HONEST(stage, secrets.token_bytes(32))]
+        long = replace(stage, inputs=sentences.tokenised(documents(), LENGTH))
+        honest.append(READER(long, secrets.token_bytes(32)))
+        paid = [_paid(stage, row.worker) for row in honest if row.verdict == "accepted"]
+        closest = _closest(stage) if honest[0].verdict == "accepted" else []
+        cheating = []
         for i, cheat in enumerate(CHEATS):
             status.update(f"cheat {i + 1} of {len(CHEATS)} at work")
-            rows.append(cheat(stage, secrets.token_bytes(32)))
-    refused = [row for row in rows[1:] if row.verdict != "accepted" and row.reason]
+            cheating.append(cheat(stage, secrets.token_bytes(32)))
+    refused = [row for row in cheating if row.verdict != "accepted" and row.reason]
     return {
-        "ok": paid is not None and len(refused) == len(CHEATS),
+        "ok": len(paid) == len(honest) and len(refused) == len(CHEATS),
         "paid": paid,
         "closest": closest,
-        "workers": [asdict(row) | {"ratio": row.ratio} for row in rows],
+        "honest": [asdict(row) | {"ratio": row.ratio} for row in honest],
+        "cheats": [asdict(row) | {"ratio": row.ratio} for row in cheating],
         "bundles": str(folder),
         "model": str(path),
     }
@@ -259,7 +289,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     table = Table(title="who was paid")
     for column in ("worker", "what it did", "verdict", "reason", "proof", "run", "check", "ratio"):
         table.add_column(column, overflow="fold")
-    for row in result["workers"]:
+    for row in [*result["honest"], *result["cheats"]]:
         colour = "green" if row["verdict"] == "accepted" else "red"
         reason = row["reason"] or ""
         table.add_row(
@@ -268,32 +298,30 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"[{colour}]{row['verdict']}[/]",
             f"{reason} at {row['node']}" if row["node"] else reason,
             f"{row['proof_bytes'] / 1e6:.1f} MB" if row["proof_bytes"] else "",
-            f"{row['run_seconds']:.2f} s" if row["run_seconds"] else "",
+            f"{row['run_seconds']:.2f} s",
             f"{row['check_seconds']:.2f} s" if row["check_seconds"] else "",
             f"{row['ratio']:.2f}" if row["ratio"] else "",
         )
     console.print(table)
     for pair in result["closest"]:
         console.print(f"closest ({pair['cosine']:.2f}): {pair['first']!r} and {pair['second']!r}", highlight=False)
-    if result["paid"]:
-        console.print(
-            f"attestation {result['paid']['uid']}: {result['paid']['amount']} units to {result['paid']['payee']}, "
-            f"signed by {result['paid']['signer']}",
-            highlight=False,
-        )
+    for paid in result["paid"]:
+        told = f"{paid['amount']} units to {paid['payee']} ({paid['worker']}), signed by {paid['signer']}"
+        console.print(f"attestation {paid['uid']}: {told}", highlight=False)
     bundles = result["bundles"]
     console.print(f"\nevery task left a bundle in {bundles}/. Check one yourself:", highlight=False)
     console.print(f"  assay verify {result['model']} {bundles}/honest.safetensors", soft_wrap=True, highlight=False)
 
 
-def _paid(stage: Stage) -> dict[str, str]:
-    """The honest worker's attestation, verified against the signer that the service names."""
-    found = bundle.read_bundle(stage.folder / "honest.safetensors")
+def _paid(stage: Stage, worker: str) -> dict[str, str]:
+    """An honest worker's attestation, verified against the signer that the service names."""
+    found = bundle.read_bundle(stage.folder / f"{worker}.safetensors")
     if found.attestation is None:
         raise Malformed("the bundle of an accepted task holds no attestation")
     signed = signing.SignedAttestation.from_json(found.attestation)
     signing.verify(signed, stage.client.signer())
     return {
+        "worker": worker,
         "uid": "0x" + signed.attestation.digest().hex(),
         "payee": signed.attestation.payee,
         "amount": str(signed.attestation.amount),

@@ -123,11 +123,10 @@ def test_another_trace_cannot_answer_the_challenge(folder):
 def test_the_demo_pays_the_honest_worker_and_nobody_else(tmp_path):
     result = json.loads(assay("demo", "--json", "--out", tmp_path / "demo"))
     assert result["ok"] is True
-    honest, *cheating = result["workers"]
-    assert honest["verdict"] == "accepted"
-    assert len(cheating) >= 8
-    assert all(row["verdict"] in {"rejected", "refused"} and row["reason"] for row in cheating)
-    assert int(result["paid"]["amount"]) > 0
+    assert [row["verdict"] for row in result["honest"]] == ["accepted"] * 2
+    assert len(result["cheats"]) >= 8
+    assert all(row["verdict"] in {"rejected", "refused"} and row["reason"] for row in result["cheats"])
+    assert all(int(paid["amount"]) > 0 for paid in result["paid"])
     shown = json.loads(assay("verify", result["model"], tmp_path / "demo" / "honest.safetensors", "--json"))
     assert shown["verdict"] == "accepted"
     assert shown["task"] is not None

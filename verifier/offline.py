@@ -80,6 +80,8 @@ def _table(verdict: Verdict) -> Table:
         table.add_row("reason", str(verdict.reason))
         table.add_row("node", verdict.node or "none")
         table.add_row("detail", verdict.detail)
+    for family, entries in verdict.entries.items():
+        table.add_row(f"entries checked, {family}", f"{entries:,}")
     for fraction, chance in verdict.misses.items():
         table.add_row(f"misses a cheat on {float(fraction):.0%} of the rows", f"{chance:.2g}")
     table.add_row("task", verdict.task.hex() if verdict.task else "none: inputs are bound by the commitment alone")

@@ -51,6 +51,7 @@ def verify(
         rows=rules.rows,
         policy=rules.name,
         misses=rules.report(),
+        entries=dict(coverage.entries),
         task=task.id() if task else None,
         commitment=proof.commitment.digest(),
         check_seed=seed,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 
 from gpu.ops import rotary
-from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, Tensor, every_row
+from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, Tensor, distinct, every_row
 from gpu.rounding import FORMATS, U32, Array, compare, compare_equal
 from proof.errors import Reason, Rejected
 from proof.graph import Node, Spec
@@ -55,7 +55,7 @@ class Heads:
         if self.packed:
             at, i = np.tile(at, self.heads), np.tile(i, self.heads)
             batch = np.concatenate([batch * self.heads + head for head in range(self.heads)])
-        for value in np.unique(batch):
+        for value in distinct(batch):
             here = np.flatnonzero(batch == value)
             yield Queries(at[here], int(value) // self.heads, int(value) % self.heads, i[here])
 
@@ -124,7 +124,7 @@ def _reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
     if lengths is not None:
         needed[LENGTHS].append(every_row(lengths))
     present = {i: parts for i, parts in needed.items() if _spec(site, i) is not None}
-    return {i: np.unique(np.concatenate([np.zeros(0, np.int64), *parts])) for i, parts in present.items()}
+    return {i: distinct(np.concatenate([np.zeros(0, np.int64), *parts])) for i, parts in present.items()}
 
 
 def _cache_rows(heads: Heads, rows: RowIds) -> tuple[npt.NDArray[np.bool_], Ints, Ints, Ints]:
@@ -137,9 +137,9 @@ def _cache_rows(heads: Heads, rows: RowIds) -> tuple[npt.NDArray[np.bool_], Ints
 
 def _reach_cache(heads: Heads, site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
     old, past, new, _ = _cache_rows(heads, rows)
-    reached = {position: np.unique(new[~old])}
+    reached = {position: distinct(new[~old])}
     if _spec(site, position + 3) is not None:
-        reached[position + 3] = np.unique(past[old])
+        reached[position + 3] = distinct(past[old])
     return reached
 
 

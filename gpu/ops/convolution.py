@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu.freivalds import WIDEST_FOLD, Product, check, check_integers, exact_product
-from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, Tensor, every_row
+from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, Tensor, distinct, every_row
 from gpu.ops.requantisation import compare_requantised
 from gpu.rounding import Array
 
@@ -59,12 +59,12 @@ class Geometry:
         channel, position = np.divmod(rows, self.above)
         batch, channel = np.divmod(channel, self.target[1])
         block = batch * self.groups + channel // self.channels_out
-        for value in np.unique(block):
+        for value in distinct(block):
             yield from self._split(np.flatnonzero(block == value), channel, position, int(value))
 
     def _split(self, at: Ints, channel: Ints, position: Ints, block: int) -> Iterator[Grid]:
         batch, group = divmod(block, self.groups)
-        channels, positions = np.unique(channel[at]), np.unique(position[at])
+        channels, positions = distinct(channel[at]), distinct(position[at])
         if len(at) == len(channels) * len(positions):
             table = at.reshape(len(channels), len(positions))
             step = max(1, WIDEST_FOLD // max(1, self.target[-1]))
@@ -172,7 +172,7 @@ def _reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
 
 
 def _union(parts: list[Ints]) -> RowIds:
-    rows = np.unique(np.concatenate([np.zeros(0, np.int64), *(part.reshape(-1) for part in parts)]))
+    rows = distinct(np.concatenate([np.zeros(0, np.int64), *(part.reshape(-1) for part in parts)]))
     return rows[rows >= 0]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu.freivalds import PROFILES, Product, check, check_terms
-from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, rows_of
+from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, distinct, rows_of
 from gpu.rounding import compare_equal
 from proof.graph import Node
 
@@ -78,7 +78,7 @@ class Equation:
         for label in self.batch:
             if label in self.operands[self.right]:
                 key = key * self.sizes[label] + fixed[label]
-        for value in np.unique(key):
+        for value in distinct(key):
             at = np.flatnonzero(key == value)
             yield at, {label: values[at] for label, values in fixed.items()}
 
@@ -115,7 +115,7 @@ def _reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
         assert spec is not None
         own = "".join(label for label in open_labels if label in labels)
         parts = [rows_of(equation.flat(i, own, fixed), spec) for _, fixed in equation.groups(rows)]
-        reached[i] = np.unique(np.concatenate([np.zeros(0, np.int64), *parts]))
+        reached[i] = distinct(np.concatenate([np.zeros(0, np.int64), *parts]))
     return reached
 
 

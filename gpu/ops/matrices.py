@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpu.ops.call import RowIds, Site, Tensor
+from gpu.ops.call import RowIds, Site, Tensor, distinct
 
 Ints = npt.NDArray[np.int64]
 
@@ -46,7 +46,7 @@ class Layout:
         if not self.transposed_a:
             i, left = left * self.rows + i, np.full_like(left, -1)
         key = left * (prod(self.b[:-2]) + 1) + right
-        for value in np.unique(key):
+        for value in distinct(key):
             at = np.flatnonzero(key == value)
             yield Group(at, i[at], int(left[at[0]]), int(right[at[0]]))
 
@@ -78,7 +78,7 @@ def _matrix(own: tuple[int, ...], batch: tuple[int, ...]) -> Ints:
 
 
 def _union(parts: list[Ints]) -> Ints:
-    return np.unique(np.concatenate([np.zeros(0, np.int64), *parts]))
+    return distinct(np.concatenate([np.zeros(0, np.int64), *parts]))
 
 
 def _block(number: int, rows: int) -> Ints:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu.ops import placement
-from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, Tensor, every_row, rows_of
+from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, Tensor, distinct, every_row, rows_of
 from gpu.ops.indexing import accepts, blocks, elements_of, known_tensor, measured, output, source, unknown
 from gpu.ops.placement import FILL
 from gpu.rounding import Values, compare_equal
@@ -60,7 +60,7 @@ def _reach(row: Movement, site: Site, position: int, rows: RowIds) -> dict[int, 
             flat = pull.flat[pull.of(i)]
             if flat.size:
                 found.append(rows_of(flat, source(seen, i)))
-    return {i: np.unique(np.concatenate(found)) for i, found in needed.items() if found}
+    return {i: distinct(np.concatenate(found)) for i, found in needed.items() if found}
 
 
 def _reach_steered(row: Movement, site: Site, position: int, rows: RowIds) -> dict[int, RowIds]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpu.ops.call import Call, Family, Infer, Measure, Op, RowIds, Site, rows_of
+from gpu.ops.call import Call, Family, Infer, Measure, Op, RowIds, Site, distinct, rows_of
 from gpu.ops.indexing import (
     Index,
     Shape,
@@ -162,10 +162,10 @@ class Normalisation:
 def normalisation(row: Normalisation) -> Op:
     def reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
         lanes = Lanes(row.shape(site), row.axes(site))
-        frames = np.unique(lanes.place(rows)[0]) if position == 0 else rows
+        frames = distinct(lanes.place(rows)[0]) if position == 0 else rows
         needed = {i: spec for i, spec in unknown(site) if position == 0 or i == 0}
         return {
-            i: np.unique(lanes.rows(frames)) if i == 0 else rows_of(_beside(row, site, i, rows), spec)
+            i: distinct(lanes.rows(frames)) if i == 0 else rows_of(_beside(row, site, i, rows), spec)
             for i, spec in needed.items()
         }
 

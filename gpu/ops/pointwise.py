@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import erf
 
 from gpu.ops import elementary
-from gpu.ops.call import Call, Family, Infer, Measure, Op, RowIds, Site, Tensor, rows_of
+from gpu.ops.call import Call, Family, Infer, Measure, Op, RowIds, Site, Tensor, distinct, rows_of
 from gpu.ops.conversion import (
     compare_cast,
     compare_dequantized,
@@ -116,9 +116,9 @@ def _rows_beside(row: Pointwise, site: Site, position: int, rows: RowIds) -> Row
             rows_of(row.index(site, position, elements_of(rows[part], output(site))), spec)
             for part in _parts(site, rows)
         ]
-        return np.unique(np.concatenate(found)) if found else rows[:0]
+        return distinct(np.concatenate(found)) if found else rows[:0]
     view = row.view(site, position)
-    lead = np.unique(_lead(site, view, rows))
+    lead = distinct(_lead(site, view, rows))
     return lead if view[-1:] == spec.shape[-1:] else rows_of(elements_of(lead, Spec(spec.dtype, view)), spec)
 
 

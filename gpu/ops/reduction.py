@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site
+from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, distinct
 from gpu.ops.indexing import Shape, integers, measured, normalize_axis, output, source, widen
 from gpu.ops.lanes import Lanes
 from gpu.rounding import Array, Values, accumulation, compare, compare_equal, is_float, second_rounding, unit
@@ -56,7 +56,7 @@ def reduction(row: Reduction) -> Op:
         return Lanes(rank_one(source(site, 0).shape), row.axes(site))
 
     def reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
-        return {0: np.unique(lanes(site).rows(frames_of(site, position, lanes(site), rows)))}
+        return {0: distinct(lanes(site).rows(frames_of(site, position, lanes(site), rows)))}
 
     def check(call: Call) -> Measure:
         site, groups = call.site, lanes(call.site)

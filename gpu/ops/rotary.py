@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, every_row
+from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, distinct, every_row
 from gpu.rounding import FORMATS, U32, compare, compare_equal
 
 Ints = npt.NDArray[np.int64]
@@ -30,14 +30,14 @@ def _given_positions(site: Site) -> bool:
 
 def _reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
     """Which rows of the tables a position takes is data, so all of them are needed where positions are given."""
-    places = np.unique(_places(site, rows))
+    places = distinct(_places(site, rows))
     if not _given_positions(site):
         return {X: rows, COS: places, SIN: places}
     cos, positions = site.inputs[COS], site.inputs[POSITIONS]
     assert cos is not None
     assert positions is not None
     table = every_row(cos) if len(rows) else rows
-    return {X: rows, COS: table, SIN: table, POSITIONS: np.unique(places // max(positions.width, 1))}
+    return {X: rows, COS: table, SIN: table, POSITIONS: distinct(places // max(positions.width, 1))}
 
 
 def _check(call: Call) -> Measure:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, Tensor, every_row
+from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, Tensor, distinct, every_row
 from gpu.ops.conversion import compare_quantized
 from gpu.ops.indexing import known, measured, normalize_axis, output, source, widen
 from gpu.ops.lanes import Lanes
@@ -42,8 +42,8 @@ def _top_lanes(site: Site, spec_shape: tuple[int, ...]) -> Lanes:
 
 
 def _top_reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
-    frames = np.unique(_top_lanes(site, output(site, position).shape).place(rows)[0])
-    return {0: np.unique(_top_lanes(site, source(site, 0).shape).rows(frames))}
+    frames = distinct(_top_lanes(site, output(site, position).shape).place(rows)[0])
+    return {0: distinct(_top_lanes(site, source(site, 0).shape).rows(frames))}
 
 
 def _top_check(call: Call) -> Measure:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu.ops.call import RowIds, Tensor
+from gpu.ops.call import RowIds, Tensor, distinct
 from gpu.ops.indexing import Index, Shape, unravel
 from gpu.rounding import Array, Values
 
@@ -51,7 +51,7 @@ class Windows:
 
     def needed(self, rows: RowIds) -> RowIds:
         found, weights = self.rows(rows)
-        return np.unique(found[weights != 0])
+        return distinct(found[weights != 0])
 
     def take(self, tensor: Tensor, rows: RowIds) -> tuple[Values, Array]:
         """Elements and weights of the windows of output rows, shape (len(rows), output width, taps)."""

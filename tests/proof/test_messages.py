@@ -38,6 +38,7 @@ COVERAGE = {
     "rows": st.none() | NUMBERS,
     "policy": st.sampled_from(list(POLICIES)),
     "misses": st.dictionaries(NAMES, st.floats(0, 1), max_size=4),
+    "entries": st.dictionaries(NAMES, NUMBERS, max_size=4),
     "task": st.none() | DIGESTS,
     "commitment": DIGESTS,
     "check_seed": DIGESTS,
@@ -126,6 +127,7 @@ LIES = {
     "an unknown reason": (VERDICT, lambda m: m | {"reason": "mood"}, "verdict.reason: not one of"),
     "accepted half checked": (VERDICT, lambda m: m | {"nodes_checked": 2}, "verdict.nodes_checked: accepted"),
     "a miss above one": (VERDICT, lambda m: m | {"misses": {"0.5": 1.5}}, "verdict.misses.0.5: not a prob"),
+    "entries that are no count": (VERDICT, lambda m: m | {"entries": {"movement": -1}}, "verdict.entries.movement:"),
     "a miss that is NaN": (VERDICT, lambda m: m | {"misses": {"0.5": float("nan")}}, "verdict.misses.0.5:"),
 }
 

@@ -39,6 +39,7 @@ VERDICT = Verdict(
     rows=4,
     policy="spot",
     misses=policy("spot").report(),
+    entries={"pointwise": 2},
     task=TASK.id(),
     commitment=COMMITMENT.digest(),
     check_seed=bytes(range(64, 96)),

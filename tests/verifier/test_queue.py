@@ -118,7 +118,7 @@ def test_a_worker_process_judges_what_a_lost_redis_forgot(record, valkey, redis,
     queue.put(task, 0)
     redis.flushall()
     environ = {**os.environ, "ASSAY_REDIS_URL": valkey.url, "ASSAY_DATA": str(record.root)}
-    child = Child("verifier.cli", ["work", "--with-parent"], environ)
+    child = Child("verifier.cli", ["--with-parent"], environ)
     child.ensure()
     try:
         sweep(record.store, queue, time.time())
