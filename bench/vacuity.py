@@ -38,8 +38,9 @@ from tests.gpu.nodes import BF16, Array, Case, Run, assembled, claims, opened, r
 
 RESULTS = Path(__file__).parent / "results" / "vacuity.json"
 PACKAGES = ("numpy", "scipy", "numba", "onnx", "onnxruntime", "ml-dtypes")
-SEED, ROUNDS, TRIES, FOLDED = 20, 4, 40, 25  # passes over the tables, random cases a maker, folded products
+SEED, ROUNDS, TRIES, FOLDED = 20, 6, 60, 25  # passes over the tables, random cases a maker, folded products
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
+HONEST = ("nodes", "rows", "entries", "refused")
 SIZES = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5")
 GROSS = 0.1
 FIXED = {"Cast", "CastLike", "Resize", "Upsample"}  # attributes or float32 parameters of theirs name the format
@@ -185,49 +186,72 @@ def sweep(cases: Iterable[Case], rng: Random, count: int | None) -> Tallies:
     return tallies
 
 
-def summed(tallies: Tallies, label: Callable[[str], str]) -> Tallies:
-    """Tallies of ops with one label together."""
-    together: Tallies = defaultdict(Counter)
-    for (name, dtype), tally in sorted(tallies.items()):
-        together[label(name), dtype].update(tally)
-    return together
-
-
-def tree(tallies: Tallies) -> dict[str, Any]:
-    """As JSON: op or family -> dtype -> honest counts, and [accepted, tried] of every forgery."""
+def tree(tallies: Tallies, label: Callable[[str], str]) -> dict[str, Any]:
+    """As JSON: label of the op -> dtype -> honest counts, and [accepted, tried] of every forgery."""
     found: dict[str, Any] = defaultdict(dict)
-    for (label, dtype), tally in sorted(tallies.items()):
-        entry: dict[str, Any] = {"honest": {what[1]: n for what, n in tally.items() if what[0] == "honest"}}
-        for kind, name in FORGERIES:
-            if tally[kind, name, "tried"]:
-                counts = [tally[kind, name, "accepted"], tally[kind, name, "tried"]]
-                entry.setdefault(kind, {})[name] = counts
-        found[label][dtype] = entry
+    for name in sorted({(label(op), dtype) for op, dtype in tallies}):
+        tally = sum((part for (op, dtype), part in tallies.items() if (label(op), dtype) == name), Counter())
+        entry: dict[str, Any] = {"honest": {what: tally["honest", what] for what in HONEST}}
+        for kind, forgery in FORGERIES:
+            if tally[kind, forgery, "tried"]:
+                counts = [tally[kind, forgery, result] for result in ("accepted", "tried")]
+                entry.setdefault(kind, {})[forgery] = counts
+        found[name[0]][name[1]] = entry
     return found
 
 
-def shown(title: str, families: Mapping[str, Any]) -> Table:
-    table = Table("family", "dtype", "honest rows", "entries", "refused", "gross", *SIZES, title=title)
-    for family, dtypes in families.items():
+def gross(entry: Mapping[str, Any]) -> list[int]:
+    return [sum(counts[i] for counts in entry.get("gross", {}).values()) for i in (0, 1)]
+
+
+def share(entry: Mapping[str, Any], kind: str, size: str) -> str:
+    accepted, tried = entry.get(kind, {}).get(size, (0, 0))
+    return f"{accepted / tried:.1%}" if tried else "-"
+
+
+def shown(title: str, groups: Mapping[str, Any]) -> Table:
+    table = Table("", "dtype", "honest rows", "refused", "gross accepted", *SIZES, title=title)
+    for group, dtypes in groups.items():
         for dtype, entry in dtypes.items():
-            honest, gross = entry["honest"], np.sum(list(entry.get("gross", {"": [0, 0]}).values()), axis=0)
-            cells = [
-                " · ".join(f"{100 * a / n:.3g}" if n else "-" for a, n in (entry.get(k, {}).get(size, (0, 0)) for k in ("row", "entry")))
-                for size in SIZES
-            ]
-            counts = (f"{honest['rows']:,}", f"{honest['entries']:,}", str(honest.get("refused", 0)))
-            table.add_row(family, dtype, *counts, f"{gross[0]} of {gross[1]:,}", *cells)
+            cells = [f"{share(entry, 'row', size)} · {share(entry, 'entry', size)}" for size in SIZES]
+            counts = f"{entry['honest']['rows']:,}", str(entry["honest"]["refused"])
+            table.add_row(group, dtype, *counts, "{} of {:,}".format(*gross(entry)), *cells)
     return table
 
 
+def provenance(seconds: float) -> dict[str, Any]:
+    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    return {
+        "command": "python bench/vacuity.py",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "machine": {"cpu": model.partition(": ")[2], "cores": os.cpu_count(), "system": platform.system()},
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "seed": SEED,
+        "seconds": round(seconds),
+    }
+
+
 def main() -> int:
-    rng, started = np.random.default_rng(SEED), time.perf_counter()
-    np.seterr(all="ignore")
+    rng, console, started = np.random.default_rng(SEED), Console(), time.perf_counter()
+    np.seterr(all="ignore")  # forgeries overflow
     cases = [fresh(case, rng) for _ in range(ROUNDS) for table in TABLES for case in table]
     cases += [maker(rng) for maker in MAKERS for _ in range(TRIES)]
     ops = sweep(cases, rng, policy("standard").rows)
     products = sweep((folded(rng) for _ in range(FOLDED)), rng, None)
-    return 0
+    names = {f"{domain}.{op}".lstrip("."): str(row.family) for (domain, op), row in REGISTRY.items()}
+    results = {"families": tree(ops, names.__getitem__), "folded": tree(products, str), "ops": tree(ops, str)}
+    entries = [entry for group in results.values() for dtypes in group.values() for entry in dtypes.values()]
+    untried = [op for op in names if not any(gross(entry)[1] for entry in results["ops"].get(op, {}).values())]
+    failed = untried or any(gross(entry)[0] or entry["honest"]["refused"] for entry in entries)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(provenance(time.perf_counter() - started) | results, indent=1) + "\n")
+    console.print(shown("relative deviations accepted: of a whole row · of one entry", results["families"]))
+    console.print(shown("products with every row opened: T1 and 256 entries", results["folded"]))
+    console.print(f"{len(names) - len(untried)} of {len(names)} ops tried; untried: {', '.join(untried) or 'none'}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
