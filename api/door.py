@@ -1,14 +1,17 @@
 """What stands behind the routes, and how a route reaches it."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import Depends, Path, Request
+from fastapi import Depends, Path, Request, Response
+from fastapi.routing import APIRoute
 
+from api import limits
 from api.problems import Code, Problem
 from api.schemas import HEX64
+from proof.encoding import parse
 from proof.errors import Unavailable
 from verifier.blobs import Blobs, Upload
 from verifier.library import Library
@@ -50,6 +53,24 @@ class Door:
 def _door(request: Request) -> Door:
     door: Door = request.app.state.door
     return door
+
+
+class BoundedRequest(Request):
+    async def json(self) -> object:
+        """The body, its nesting bounded before Python's parser recurses into it."""
+        return parse(await self.body(), "body", limits.MAX_JSON_BYTES)
+
+
+class BoundedRoute(APIRoute):
+    """A route that parses JSON as our own decoders do."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            return await handle(BoundedRequest(request.scope, request.receive))
+
+        return bounded
 
 
 Here = Annotated[Door, Depends(_door)]

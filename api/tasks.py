@@ -11,7 +11,7 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from api import schemas
-from api.door import Door, Here, TaskId, receive
+from api.door import BoundedRoute, Door, Here, TaskId, receive
 from api.limits import MAX_LISTED, limit_of
 from api.problems import Code, Problem
 from gpu import hashing
@@ -24,7 +24,7 @@ from verifier.blobs import Upload
 from verifier.lifecycle import Stage
 from verifier.store import Summary
 
-router = APIRouter(prefix="/v1/tasks", tags=["tasks"])
+router = APIRouter(prefix="/v1/tasks", tags=["tasks"], route_class=BoundedRoute)
 
 SAFETENSORS = "application/octet-stream"
 
