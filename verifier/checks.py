@@ -18,6 +18,8 @@ from proof.messages import Challenge, Commitment, Task
 from proof.policy import Policy
 from proof.sampling import Draw
 
+Recorded = tuple[Commitment, Challenge]
+
 
 @dataclass
 class Coverage:
@@ -27,11 +29,13 @@ class Coverage:
     entries: Counter[str] = field(default_factory=Counter)
 
 
-def binding(proof: Proof, model: Model, task: Task | None, asked: Challenge | None) -> None:
-    """Task, commitment, signature, challenge and model belong together."""
+def binding(proof: Proof, model: Model, task: Task | None, recorded: Recorded | None) -> None:
+    """Task, commitment, signature, challenge and model belong together, and to what is on record."""
     commitment, challenge = proof.commitment, proof.challenge
-    if asked is not None:
-        _same("challenge", challenge.digest(), asked.digest())
+    if recorded is not None and (commitment, challenge) != recorded:
+        raise Rejected(Reason.BINDING, "the proof is for another commitment or challenge than the one on record")
+    if proof.task != task:
+        raise Rejected(Reason.BINDING, "the proof is for another task")
     _same("model", commitment.model, model.id)
     _same("challenged commitment", challenge.commitment, commitment.digest())
     _same("task", commitment.task, task.id() if task else None)

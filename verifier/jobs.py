@@ -7,7 +7,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Event as Signal
 from threading import Thread
 from time import perf_counter
@@ -104,6 +104,6 @@ class Bench:
 
 
 def decide(case: Case, proof: Proof, model: Model) -> Verdict:
-    """The verdict on a proof file in the case that it was uploaded for: the record's word stands against the file's."""
-    recorded = replace(proof, task=case.task, commitment=case.commitment)
-    return verify(recorded, model, case.check_seed, task=case.task, challenge=case.challenge)
+    """The verdict on a proof file in the case that it was uploaded for."""
+    recorded = (case.commitment, case.challenge)
+    return verify(proof, model, case.check_seed, task=case.task, recorded=recorded)

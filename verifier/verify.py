@@ -7,28 +7,29 @@ from gpu.plan import Model
 from gpu.reach import selection
 from proof.bundle import Proof
 from proof.errors import Rejected
-from proof.messages import Challenge, Task, Verdict
+from proof.messages import Task, Verdict
 from proof.policy import policy
 from verifier import checks
 
 
 def verify(
-    proof: Proof, model: Model, seed: bytes, *, task: Task | None, challenge: Challenge | None = None
+    proof: Proof, model: Model, seed: bytes, *, task: Task | None, recorded: checks.Recorded | None = None
 ) -> Verdict:
     """Decide whether `proof` shows a run of `model`. Reads and writes nothing else.
 
-    `task` and `challenge` are the verifier's own record of what was asked; where there is none, as in a file checked
-    offline, the proof is held to what it says of itself. `seed` (32 bytes) must have been drawn after the proof was
-    fixed. Returns a verdict either way. Raises Malformed for a policy that is not known; lets Unavailable through: a
-    fault of ours is no verdict.
+    `task` and `recorded` are the verifier's own word on what was asked and committed to; where there is no record, as
+    in a file checked offline, the proof is held to what it says of itself. `seed` (32 bytes) must have been drawn after
+    the proof was fixed. Returns a verdict either way. Raises Malformed for a policy that is not known; lets Unavailable
+    through: a fault of ours is no verdict.
     """
     # 1 ---- policy: the challenge names a policy that we know
-    rules = policy(proof.challenge.policy)
+    commitment, challenge = recorded or (proof.commitment, proof.challenge)
+    rules = policy(challenge.policy)
     coverage = checks.Coverage()
     rejection: Rejected | None = None
     try:
         # 2 ---- binding: task, commitment, signature and challenge belong together
-        checks.binding(proof, model, task, challenge)
+        checks.binding(proof, model, task, recorded)
         # 3 ---- selection: the graph gives the tensors; the challenge, and nothing the prover chose, the rows
         plan = checks.shapes(proof.commitment, model)
         chosen = selection(plan, proof.challenge)
@@ -53,6 +54,6 @@ def verify(
         misses=rules.report(),
         entries=dict(coverage.entries),
         task=task.id() if task else None,
-        commitment=proof.commitment.digest(),
+        commitment=commitment.digest(),
         check_seed=seed,
     )
