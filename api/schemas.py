@@ -150,6 +150,7 @@ class ModelState(Body):
     inputs: list[dict[str, Any]]
     outputs: list[str]
     verifiable: bool
+    refusal: Annotated[str | None, Field(description="Why the model cannot be verified; null here.")]
     file_bytes: int
     created: float
 

@@ -102,29 +102,39 @@ class Model:
 
     def report(self) -> dict[str, Any]:
         """What there is to check, as JSON."""
-        families = Counter(str(registry_row(node).family) for node in self.nodes)
-        ops: dict[str, dict[str, int]] = {family: {} for family in sorted(families)}
-        for node in self.nodes:
-            row = ops[str(registry_row(node).family)]
-            row[node.op] = row.get(node.op, 0) + 1
-        weights = self.graph.weights.values()
-        return {
-            "model": self.id.hex(),
-            "nodes": len(self.nodes),
-            "folded": len(self.folded),
-            "families": dict(sorted(families.items())),
-            "ops": ops,
-            "weights": {
-                "tensors": len(weights),
-                "elements": sum(w.size for w in weights),
-                "bytes": sum(w.nbytes for w in weights),
-            },
-            "inputs": [
-                {"name": i.name, "dtype": dtype_name(i.dtype), "shape": list(i.shape)} for i in self.graph.inputs
-            ],
-            "outputs": list(self.graph.outputs),
-            "verifiable": True,
-        }
+        return _report(self.graph, self.nodes, None)
+
+
+def report(graph: Graph) -> dict[str, Any]:
+    """The report on a model; one that cannot be verified says why, and its ops without a check have the family none."""
+    try:
+        return Model.of(graph).report()
+    except Malformed as refusal:
+        return _report(graph, graph.nodes, str(refusal))
+
+
+def _report(graph: Graph, nodes: tuple[Node, ...], refusal: str | None) -> dict[str, Any]:
+    ops: dict[str, Counter[str]] = {}
+    for node in nodes:
+        op = REGISTRY.get((node.domain, node.op))
+        ops.setdefault(str(op.family) if op else "none", Counter())[node.op] += 1
+    weights = graph.weights.values()
+    return {
+        "model": graph.id.hex(),
+        "nodes": len(nodes),
+        "folded": len(graph.nodes) - len(nodes),
+        "families": {family: ops[family].total() for family in sorted(ops)},
+        "ops": {family: dict(ops[family]) for family in sorted(ops)},
+        "weights": {
+            "tensors": len(weights),
+            "elements": sum(w.size for w in weights),
+            "bytes": sum(w.nbytes for w in weights),
+        },
+        "inputs": [{"name": i.name, "dtype": dtype_name(i.dtype), "shape": list(i.shape)} for i in graph.inputs],
+        "outputs": list(graph.outputs),
+        "verifiable": refusal is None,
+        "refusal": refusal,
+    }
 
 
 def registry_row(node: Node) -> Op:

@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from gpu.plan import Model
+from gpu.plan import report as describe
 from proof import bundle
 from proof.attestation import read_key, sign_commitment
 from proof.digest import canonical
 from proof.encoding import octets, parse
 from proof.errors import Malformed
+from proof.graph import read_graph
 from proof.messages import MAX_MESSAGE_BYTES, Challenge, Commitment, Task
 from prover import prove
 
@@ -32,11 +34,17 @@ err = Console(stderr=True)
 
 @model_cli.command("show")
 def show(model: ModelFile, as_json: Json = False) -> None:
-    """Id, nodes, ops by family and weights, and whether the model can be verified at every node."""
-    report = Model.open(model).report()
+    """Id, nodes, ops by family and weights, and whether the model can be verified at every node: exit 1 if not."""
+    report = describe(read_graph(model))
     if as_json:
         out.print_json(data=report)
-        return
+    else:
+        _show(report)
+    if not report["verifiable"]:
+        raise typer.Exit(1)
+
+
+def _show(report: Mapping[str, Any]) -> None:
     table = Table(title=f"model {report['model']}")
     for column in ("family", "nodes", "ops"):
         table.add_column(column)
@@ -49,7 +57,7 @@ def show(model: ModelFile, as_json: Json = False) -> None:
     out.print(f"{weights['elements']:,} weights in {weights['tensors']} tensors, {weights['bytes']:,} bytes")
     for entry in report["inputs"]:
         out.print(f"input {entry['name']}: {entry['dtype']} {entry['shape']}")
-    out.print("every node can be verified")
+    out.print(report["refusal"] or "every node can be verified", markup=False, highlight=False)
 
 
 @cli.command()

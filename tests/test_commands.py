@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import world
 
@@ -52,6 +53,16 @@ def test_show_names_what_there_is_to_check(folder):
     assert report["model"] == world.small().model.id.hex()
     assert report["nodes"] == len(world.small().model.nodes) == sum(report["families"].values())
     assert report["verifiable"] is True
+
+
+def test_show_says_why_a_model_cannot_be_verified(folder):
+    node = onnx.helper.make_node("RandomNormalLike", ["x"], ["y"], "dice")
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:])
+    onnx.save(onnx.helper.make_model(graph), folder.model)
+    report = json.loads(assay("model", "show", folder.model, "--json", expect=REJECTED))
+    assert (report["verifiable"], report["families"]) == (False, {"none": 1})
+    assert "RandomNormalLike node 'dice'" in report["refusal"]
 
 
 def test_a_trace_holds_the_inputs_and_every_node_output(folder):
