@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread each: on a busy machine more threads wait for each other (bench/README.md).
-export OMP_NUM_THREADS ?= 1
+# One thread of BLAS: on a busy machine more threads wait for each other (bench/README.md).
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test bench vacuity lint clean
@@ -33,7 +32,7 @@ test: lint
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=min,median,rounds
+	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=min,median,rounds --benchmark-json=bench/results/bench.json
 
 vacuity: $(VENV)/test.stamp
 	$(BIN)/python bench/vacuity.py

@@ -6,7 +6,7 @@ reference evaluator, restricted to ops whose results are determined bit for bit.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,21 @@ import onnx
 from onnx import TypeProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-from gpu.ops.call import Op, Site
+from gpu.ops.call import Family, Infer, Op, Site
 from gpu.ops.registry import REGISTRY
 from gpu.rounding import is_float
 from proof.errors import Malformed
 from proof.graph import MAX_RANK, Graph, Node, Spec, dtype_name, read_graph, spec_of
 
-MAX_FOLDED_BYTES = 2**33  # one value computed from constants or shapes
+MAX_FOLDED_BYTES = 2**32  # of all values computed from a run's shapes, or from constants
+MAX_GROWTH = 16  # bytes more that may be computed from constants, for each byte of weights
 MAX_TENSOR_BYTES = 2**40
+MAX_ROWS = 2**27  # of a tensor: their numbers are held in memory
 MAX_SHAPE_VALUE = 4096  # elements of a value that shape inference may read
-PLANS_KEPT = 16  # per model, by input shapes
+PLANS_KEPT = 16  # per model, by input shapes; fewer where they hold more than MAX_FOLDED_BYTES
 
 SHAPE_ONLY = {("", "Shape"), ("", "Size")}  # ops that read no values
+UNFIT = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)  # of an op and its inputs
 
 Array = npt.NDArray[Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -45,6 +48,11 @@ class Plan:
     known: Mapping[str, Array]  # constants, and values that follow from shapes
     derived: frozenset[str]  # node outputs among the known: the verifier computes them itself
     sites: Mapping[int, Site] = field(repr=False)  # by node index
+
+    @property
+    def nbytes(self) -> int:
+        """Held for this run alone."""
+        return sum(self.known[name].nbytes for name in self.derived)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -74,17 +82,21 @@ class Model:
     @classmethod
     def of(cls, graph: Graph) -> "Model":
         constants, folded, running = dict(graph.weights), [], []
-        from_shapes: set[str] = set()
+        known = set(constants)  # now, or once the shapes are
+        room = MAX_FOLDED_BYTES + MAX_GROWTH * sum(array.nbytes for array in constants.values())
         for node in graph.nodes:
             op = registry_row(node)
-            _refuse_unknown_values(node, op, constants.keys() | from_shapes)
+            _refuse_unknown_values(node, op, known)
             if (node.domain, node.op) not in SHAPE_ONLY and _determined(graph, node, op, constants):
-                constants.update(_evaluate(graph, node, constants))
+                values = _evaluate(graph, node, constants, room)
+                room -= sum(value.nbytes for value in values.values())
+                constants.update(values)
+                known.update(values)
                 folded.append(node)
                 continue
             running.append(node)
-            if (node.domain, node.op) in SHAPE_ONLY or _all_known(node, constants.keys() | from_shapes):
-                from_shapes.update(node.outputs)
+            if (node.domain, node.op) in SHAPE_ONLY or _all_known(node, known):
+                known.update(node.outputs)
         if not running:
             raise Malformed("the graph computes nothing from its inputs: there is no run to prove")
         used = {name for node in running for name in node.inputs} | set(graph.outputs)
@@ -96,9 +108,12 @@ class Model:
         key = tuple(sorted((name, tuple(shape)) for name, shape in shapes.items()))
         if key not in self._plans:
             self._plans[key] = _Planner(self).plan(shapes)
-            while len(self._plans) > PLANS_KEPT:
+            while len(self._plans) > 1 and self._over():
                 self._plans.popitem(last=False)
         return self._plans[key]
+
+    def _over(self) -> bool:
+        return len(self._plans) > PLANS_KEPT or sum(plan.nbytes for plan in self._plans.values()) > MAX_FOLDED_BYTES
 
     def report(self) -> dict[str, Any]:
         """What there is to check, as JSON."""
@@ -148,13 +163,16 @@ def registry_row(node: Node) -> Op:
     return op
 
 
-def _all_known(node: Node, known: Iterable[str]) -> bool:
+def _all_known(node: Node, known: Container[str]) -> bool:
     return all(name in known for name in node.inputs if name)
 
 
 def _determined(graph: Graph, node: Node, op: Op, values: Mapping[str, Array]) -> bool:
-    """Whether known values determine a node's outputs bit for bit: the op is exact, or all of it is integers."""
-    if not _all_known(node, values):
+    """Whether known values determine a node's outputs bit for bit: the op is exact, or all of it is integers.
+
+    Products are not folded: small constants that unfold could ask for any amount of work.
+    """
+    if not _all_known(node, values) or op.family is Family.CONTRACTION:
         return False
     present = [values[name] for name in node.inputs if name]
     if op.exact or not present or any(is_float(array.dtype) for array in present):
@@ -163,31 +181,34 @@ def _determined(graph: Graph, node: Node, op: Op, values: Mapping[str, Array]) -
     return not any(is_float(spec.dtype) for spec in specs.values())
 
 
-def _refuse_unknown_values(node: Node, op: Op, known: Iterable[str]) -> None:
+def _refuse_unknown_values(node: Node, op: Op, known: Container[str]) -> None:
     for position in op.values:
         name = node.inputs[position] if position < len(node.inputs) else ""
         if name and name not in known:
             raise Malformed(f"{node} cannot be verified: its input {name!r} depends on data, not only on shapes")
 
 
-def _evaluate(graph: Graph, node: Node, values: Mapping[str, Array]) -> dict[str, Array]:
-    """Outputs of an exact node, by ONNX's reference evaluator, after bounding their size."""
+def _evaluate(graph: Graph, node: Node, values: Mapping[str, Array], room: int) -> dict[str, Array]:
+    """Outputs of an exact node, by ONNX's reference evaluator, in at most `room` bytes."""
     specs = _infer(graph, node, {name: spec_of(values[name]) for name in node.inputs if name}, values)
-    if sum(spec.nbytes for spec in specs.values()) > MAX_FOLDED_BYTES:
-        raise Malformed(f"{node} computes more than {MAX_FOLDED_BYTES} bytes from constants")
+    if sum(spec.nbytes for spec in specs.values()) > room:
+        raise Malformed(f"{node} computes more from constants or shapes than the {room} bytes that are left for it")
     feeds = {name: values[name] for name in node.inputs if name}
+    names = [name for name in node.outputs if name]
     proto = helper.make_graph(
         [node.proto],
         "folded",
         [_value_info(name, spec_of(array)) for name, array in feeds.items()],
-        [_value_info(name, specs[name]) for name in node.outputs if name],
+        [_value_info(name, specs[name]) for name in names],
     )
-    names = [name for name in node.outputs if name]
-    results = _evaluator(proto, graph.opsets).run(None, feeds)
-    return {
-        name: np.asarray(value, specs[name].dtype).reshape(specs[name].shape)
-        for name, value in zip(names, results, strict=True)
-    }
+    try:
+        results = _evaluator(proto, graph.opsets).run(None, feeds)
+        return {
+            name: np.asarray(value, specs[name].dtype).reshape(specs[name].shape)
+            for name, value in zip(names, results, strict=True)
+        }
+    except UNFIT as error:
+        raise Malformed(f"{node} cannot be computed from its constants: {_first(error)}") from error
 
 
 def _evaluator(proto: onnx.GraphProto, opsets: Mapping[str, int]) -> ReferenceEvaluator:
@@ -209,8 +230,7 @@ def _infer(graph: Graph, node: Node, specs: Mapping[str, Spec], values: Mapping[
     """Dtype and shape of every present output of a node. Raises Malformed when they cannot be told."""
     op = REGISTRY[(node.domain, node.op)]
     if op.infer is not None:
-        inputs = tuple(specs[name] if name else None for name in node.inputs)
-        return {name: spec for name, spec in zip(node.outputs, op.infer(node, inputs), strict=False) if name}
+        return _infer_contributed(node, op.infer, tuple(specs[name] if name else None for name in node.inputs))
     types = {name: _type(specs[name]) for name in node.inputs if name}
     small = {
         name: numpy_helper.from_array(np.asarray(values[name], order="C"), name)
@@ -221,9 +241,20 @@ def _infer(graph: Graph, node: Node, specs: Mapping[str, Spec], values: Mapping[
     opsets = [helper.make_opsetid(domain, version) for domain, version in graph.opsets.items()]
     try:
         inferred = shape_inference.infer_node_outputs(schema, node.proto, types, small, None, opsets)
-    except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
+    except (shape_inference.InferenceError, onnx.checker.ValidationError, *UNFIT) as error:
         raise Malformed(f"{node} does not accept its inputs {_shapes(node, specs)}: {_first(error)}") from error
     return {name: _spec(node, name, inferred.get(name), specs) for name in node.outputs if name}
+
+
+def _infer_contributed(node: Node, infer: Infer, inputs: tuple[Spec | None, ...]) -> dict[str, Spec]:
+    try:
+        found = {name: spec for name, spec in zip(node.outputs, infer(node, inputs), strict=False) if name}
+    except UNFIT as error:
+        raise Malformed(f"{node} does not accept its inputs: {_first(error)}") from error
+    for name in node.outputs:
+        if name and name not in found:
+            raise Malformed(f"{node} does not give {name!r}")
+    return {name: _bounded(spec, f"{node}: {name!r}") for name, spec in found.items()}
 
 
 def _first(error: BaseException) -> str:
@@ -243,11 +274,17 @@ def _spec(node: Node, name: str, proto: TypeProto | None, specs: Mapping[str, Sp
     if tensor is None or not tensor.HasField("shape") or any(not d.HasField("dim_value") for d in tensor.shape.dim):
         raise Malformed(f"{node}: the shape of {name!r} does not follow from the input shapes {_shapes(node, specs)}")
     shape = tuple(dim.dim_value for dim in tensor.shape.dim)
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-    dtype_name(dtype)
-    if len(shape) > MAX_RANK or any(dim < 0 for dim in shape) or Spec(dtype, shape).nbytes > MAX_TENSOR_BYTES:
-        raise Malformed(f"{node}: {name!r} would have the shape {shape}")
-    return Spec(dtype, shape)
+    return _bounded(Spec(np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape), f"{node}: {name!r}")
+
+
+def _bounded(spec: Spec, label: str) -> Spec:
+    """The spec, if such a tensor can be worked on; Malformed if not. An empty one has sizes too."""
+    dtype_name(spec.dtype)
+    full = Spec(spec.dtype, tuple(max(dim, 1) for dim in spec.shape))
+    most = MAX_TENSOR_BYTES if spec.size else MAX_ROWS
+    if len(spec.shape) > MAX_RANK or min(spec.shape, default=0) < 0 or full.rows > MAX_ROWS or full.nbytes > most:
+        raise Malformed(f"{label} would have the shape {spec.shape}")
+    return spec
 
 
 class _Planner:
@@ -259,6 +296,7 @@ class _Planner:
         self.specs: dict[str, Spec] = {name: spec_of(value) for name, value in model.constants.items()}
         self.derived: set[str] = set()
         self.sites: dict[int, Site] = {}
+        self.room = MAX_FOLDED_BYTES
 
     def plan(self, shapes: Shapes) -> Plan:
         model = self.model
@@ -288,18 +326,16 @@ class _Planner:
             )
             if not fits:
                 raise Malformed(f"input {declared.name!r} has the shape {shape}, not {declared.shape}")
-            spec = Spec(declared.dtype, shape)
-            if spec.nbytes > MAX_TENSOR_BYTES:
-                raise Malformed(f"input {declared.name!r} of shape {shape} is too large")
-            self.specs[declared.name] = spec
+            self.specs[declared.name] = _bounded(Spec(declared.dtype, shape), f"input {declared.name!r}")
 
     def _visit(self, node: Node) -> None:
-        outputs = _infer(self.model.graph, node, self.specs, self.known)
-        self.specs.update(outputs)
+        op = registry_row(node)
+        _refuse_unknown_values(node, op, self.known)
+        self.specs.update(_infer(self.model.graph, node, self.specs, self.known))
         if (node.domain, node.op) in SHAPE_ONLY:
             self._learn({node.outputs[0]: _shape_value(node, self.specs[node.inputs[0]])})
-        elif _determined(self.model.graph, node, registry_row(node), self.known):
-            self._learn(_evaluate(self.model.graph, node, self.known))
+        elif _determined(self.model.graph, node, op, self.known):
+            self._learn(_evaluate(self.model.graph, node, self.known, self.room))
         self.sites[node.index] = Site(
             node=node,
             inputs=tuple(self.specs[name] if name else None for name in node.inputs),
@@ -310,6 +346,7 @@ class _Planner:
     def _learn(self, values: Mapping[str, Array]) -> None:
         self.known.update(values)
         self.derived.update(values)
+        self.room -= sum(value.nbytes for value in values.values())
 
 
 def _shape_value(node: Node, spec: Spec) -> Array:

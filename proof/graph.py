@@ -5,7 +5,7 @@ of every initializer: it does not depend on protobuf encoding, file layout or do
 Weights are NumPy arrays; external data is memory-mapped and must lie beside the model file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ MAX_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_NODES = 100_000
 MAX_RANK = 16
 MAX_NAME_BYTES = 1024  # of a value or node; what messages carry
+MAX_NESTED = 64  # local functions that call each other
 
 DTYPES: dict[str, np.dtype[Any]] = {  # names as safetensors writes them
     "F64": np.dtype(np.float64),
@@ -140,9 +141,33 @@ def load(source: Path | bytes) -> onnx.ModelProto:
         else:
             proto = onnx.load(source, load_external_data=False)
             onnx.checker.check_model(str(source))
-        return inliner.inline_local_functions(proto) if proto.functions else proto
+        return _inlined(proto) if proto.functions else proto
     except (DecodeError, onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         raise Malformed(f"not a valid ONNX model: {_first_line(error)}") from error
+
+
+def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Without local functions. Raises Malformed before it makes more nodes or bytes than a model may have."""
+    bodies = {(_domain(body.domain), body.name, body.overload): body.node for body in proto.functions}
+    sizes: dict[tuple[str, str, str], tuple[int, int]] = {}
+
+    def size(nodes: Iterable[onnx.NodeProto], depth: int) -> tuple[int, int]:
+        if depth > MAX_NESTED:
+            raise Malformed(f"local functions call each other more than {MAX_NESTED} deep")
+        count, weight = 0, 0
+        for node in nodes:
+            _refuse_subgraphs(node, node.name)
+            called = _domain(node.domain), node.op_type, node.overload
+            if called in bodies and called not in sizes:
+                sizes[called] = size(bodies[called], depth + 1)
+            inner, bytes_inside = sizes.get(called, (1, 0))
+            count, weight = count + inner, weight + node.ByteSize() + bytes_inside
+        return count, weight
+
+    count, weight = size(proto.graph.node, 0)
+    if count > MAX_NODES or weight > MAX_MODEL_BYTES:
+        raise Malformed(f"local functions unfold to {count} nodes of {weight} bytes")
+    return inliner.inline_local_functions(proto)
 
 
 def read_graph(source: Path | bytes) -> Graph:
@@ -162,6 +187,8 @@ def graph_of(proto: onnx.ModelProto, folder: Path | None = None) -> Graph:
     if proto.graph.sparse_initializer:
         raise Malformed("sparse initializers are not supported: store the weights as dense tensors")
     opsets = {_domain(entry.domain): entry.version for entry in proto.opset_import}
+    if any(opsets[_domain(entry.domain)] != entry.version for entry in proto.opset_import):
+        raise Malformed("two versions of one operator set are imported")
     weights = {tensor.name: _array(tensor, folder) for tensor in proto.graph.initializer}
     inputs = tuple(_input(value) for value in proto.graph.input if value.name not in weights)
     nodes = tuple(_node(i, node, opsets) for i, node in enumerate(proto.graph.node))
@@ -182,9 +209,7 @@ def _first_line(error: BaseException) -> str:
 def _node(index: int, node: onnx.NodeProto, opsets: Mapping[str, int]) -> Node:
     domain = _domain(node.domain)
     name = node.name or next((value for value in node.output if value), f"{node.op_type}_{index}")
-    for attribute in node.attribute:
-        if attribute.type in _GRAPH_KINDS:
-            raise Malformed(f"op {node.op_type} of node {name!r} runs a subgraph: control flow cannot be checked")
+    _refuse_subgraphs(node, name)
     return Node(
         index=index,
         name=name,
@@ -198,6 +223,11 @@ def _node(index: int, node: onnx.NodeProto, opsets: Mapping[str, int]) -> Node:
     )
 
 
+def _refuse_subgraphs(node: onnx.NodeProto, name: str) -> None:
+    if any(attribute.type in _GRAPH_KINDS for attribute in node.attribute):
+        raise Malformed(f"op {node.op_type} of node {name!r} runs a subgraph: control flow cannot be checked")
+
+
 def _since(op: str, domain: str, opsets: Mapping[str, int]) -> int:
     version = opsets.get(domain, 1)
     if not onnx.defs.has(op, domain):
@@ -209,6 +239,8 @@ def _since(op: str, domain: str, opsets: Mapping[str, int]) -> int:
 
 
 def _attribute(attribute: onnx.AttributeProto, node: str) -> Any:
+    if attribute.ref_attr_name:
+        raise Malformed(f"attribute {attribute.name!r} of node {node!r} refers to a function's, outside of one")
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, onnx.TensorProto):
         return _array(value, None)

@@ -8,7 +8,7 @@ import numpy as np
 from gpu import hashing
 from gpu.ops.call import Call, Tensor
 from gpu.plan import Model, Plan, registry_row
-from gpu.reach import Selection
+from gpu.reach import Selection, own_fault
 from proof.attestation import verify_commitment_signature
 from proof.bundle import Proof
 from proof.encoding import MAX_TEXT_BYTES
@@ -63,10 +63,11 @@ def _show(value: bytes | str | None) -> str:
 def shapes(commitment: Commitment, model: Model) -> Plan:
     """The plan that the model gives for the committed input shapes; every claim must equal it."""
     claims = {claim.name: claim for claim in commitment.tensors}
+    missing = [i.name for i in model.graph.inputs if i.name not in claims]
+    if missing:
+        raise Rejected(Reason.SHAPE, f"no input {missing[0]!r} is committed")
     try:
         plan = model.plan({i.name: claims[i.name].shape for i in model.graph.inputs})
-    except KeyError as error:
-        raise Rejected(Reason.SHAPE, f"no input {error} is committed") from error
     except Malformed as error:
         raise Rejected(Reason.SHAPE, str(error)) from error
     found = [(claim.name, claim.dtype, claim.shape) for claim in commitment.tensors]
@@ -78,18 +79,28 @@ def shapes(commitment: Commitment, model: Model) -> Plan:
     return plan
 
 
-def selected(proof: Proof, plan: Plan, chosen: Selection) -> None:
-    """Exactly the selected tensors are opened, each with as many rows as were selected."""
-    if proof.openings.keys() != chosen.opened.keys():
-        odd = sorted(proof.openings.keys() ^ chosen.opened.keys())
+def held(proof: Proof, plan: Plan) -> dict[str, int]:
+    """How many rows of each tensor the proof holds: of every one that can be selected, in its dtype and width."""
+    names = {name for name in plan.tensors if name not in plan.derived}
+    if proof.openings.keys() != names:
+        odd = sorted(proof.openings.keys() ^ names)
         raise Rejected(Reason.SELECTION, f"opened other tensors than the challenge selects: {odd[:3]}")
-    for name, rows in chosen.opened.items():
-        spec, found = plan.specs[name], proof.openings[name].rows
-        if found.dtype != spec.dtype or found.shape != (len(rows), spec.width):
+    for name, opening in proof.openings.items():
+        spec, found = plan.specs[name], opening.rows
+        if found.dtype != spec.dtype or found.shape[1:] != (spec.width,):
             raise Rejected(
                 Reason.SELECTION,
-                f"{name!r}: opened {found.dtype}{found.shape} where {spec.dtype}{(len(rows), spec.width)} is selected",
+                f"{name!r}: opened {found.dtype}{found.shape} where {spec.dtype} rows of {spec.width} are selected",
             )
+    return {name: len(opening.rows) for name, opening in proof.openings.items()}
+
+
+def selected(proof: Proof, chosen: Selection) -> None:
+    """As many rows are opened as were selected."""
+    for name, rows in chosen.opened.items():
+        found = len(proof.openings[name].rows)
+        if found != len(rows):
+            raise Rejected(Reason.SELECTION, f"{name!r}: {found} rows opened where {len(rows)} are selected")
 
 
 def openings(proof: Proof, plan: Plan, chosen: Selection) -> None:
@@ -154,16 +165,16 @@ def _node(
         for name in node.outputs
     )
     op = registry_row(node)
-    measure = op.check(
-        Call(
-            site=plan.sites[node.index],
-            inputs=tuple(tensors[name] if name else None for name in node.inputs),
-            rows=rows,
-            claimed=claimed,
-            policy=rules,
-            draw=Draw(seed, f"node/{node.index}"),
-        )
+    call = Call(
+        site=plan.sites[node.index],
+        inputs=tuple(tensors[name] if name else None for name in node.inputs),
+        rows=rows,
+        claimed=claimed,
+        policy=rules,
+        draw=Draw(seed, f"node/{node.index}"),
     )
+    with own_fault(node):
+        measure = op.check(call)
     expected = sum(values.size for values in claimed)
     if measure.entries != expected:
         raise RuntimeError(f"{node}: the check covered {measure.entries} of {expected} entries")

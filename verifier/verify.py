@@ -32,8 +32,8 @@ def verify(
         checks.binding(proof, model, task, recorded)
         # 3 ---- selection: the graph gives the tensors; the challenge, and nothing the prover chose, the rows
         plan = checks.shapes(proof.commitment, model)
-        chosen = selection(plan, proof.challenge)
-        checks.selected(proof, plan, chosen)
+        chosen = selection(plan, proof.challenge, checks.held(proof, plan))
+        checks.selected(proof, chosen)
         # 4 ---- openings: every opened row lies under the committed root
         checks.openings(proof, plan, chosen)
         # 5 ---- ends: inputs are the task's; what follows from shapes alone is what we compute

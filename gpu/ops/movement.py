@@ -129,6 +129,16 @@ def _pad_mode(node: Node) -> str | None:
     return None if mode in placement.PAD_MODES else f"mode {mode!r} is unknown"
 
 
+def _miscounted(node: Node) -> str | None:
+    """As of a negative `batch_dims`, onnx's inference would write beside what it allocated."""
+    parts = node.attributes.get("num_outputs", len(node.outputs))
+    return None if parts == len(node.outputs) else f"num_outputs={parts} with {len(node.outputs)} outputs"
+
+
+def _negative_batch(node: Node) -> str | None:
+    return None if node.attributes.get("batch_dims", 0) >= 0 else "batch_dims is negative"
+
+
 _renumbered = Movement(pull=placement.same, whole=placement.same_width, values=(1,))
 
 _TABLE: dict[str, Movement] = {
@@ -140,7 +150,7 @@ _TABLE: dict[str, Movement] = {
     "Dropout": Movement(pull=placement.dropout, whole=placement.same_width, values=(2,), refuses=_random_dropout),
     "Transpose": Movement(pull=placement.transpose, whole=placement.keeps_last),
     "Slice": Movement(pull=placement.slice_, whole=placement.unsliced, values=(1, 2, 3, 4)),
-    "Split": Movement(pull=placement.split, whole=placement.off_axis, values=(1,)),
+    "Split": Movement(pull=placement.split, whole=placement.off_axis, values=(1,), refuses=_miscounted),
     "Concat": Movement(pull=placement.concat, whole=placement.off_axis),
     "Expand": Movement(pull=placement.expand, whole=placement.same_width, values=(1,)),
     "Tile": Movement(pull=placement.tile, whole=placement.same_width, values=(1, 2)),
@@ -148,7 +158,9 @@ _TABLE: dict[str, Movement] = {
         pull=placement.gather, whole=placement.off_axis, steers=(1,), steering=placement.gather_steering
     ),
     "GatherElements": Movement(pull=placement.gather_elements, steers=(1,), steering=placement.as_output),
-    "GatherND": Movement(pull=placement.gather_nd, steers=(1,), steering=placement.gather_nd_steering),
+    "GatherND": Movement(
+        pull=placement.gather_nd, steers=(1,), steering=placement.gather_nd_steering, refuses=_negative_batch
+    ),
     "Scatter": Movement(pull=placement.scatter_elements, steers=(1,)),
     "ScatterElements": Movement(pull=placement.scatter_elements, steers=(1,), refuses=_reduces),
     "ScatterND": Movement(pull=placement.scatter_nd, steers=(1,), refuses=_reduces),

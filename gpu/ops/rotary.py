@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, distinct, every_row
 from gpu.rounding import FORMATS, U32, compare, compare_equal
+from proof.errors import Reason, Rejected
 
 Ints = npt.NDArray[np.int64]
 
@@ -52,6 +53,8 @@ def _check(call: Call) -> Measure:
         assert positions is not None
         numbers = positions.elements(numbers).astype(np.int64)
         numbers = np.where(numbers < 0, numbers + cos.spec.rows, numbers)
+        if ((numbers < 0) | (numbers >= cos.spec.rows)).any():
+            raise Rejected(Reason.REEXECUTION, f"a position lies outside a table of {cos.spec.rows}")
     heads = int(call.site.node.attributes.get("num_heads", 0)) if len(x.spec.shape) == 3 else 1
     given, y = (array.reshape(len(rows), heads, -1) for array in (x.take(rows), claimed))
     c, s = (table.take(numbers)[:, None, :].astype(np.float64) for table in (cos, sin))
