@@ -87,31 +87,25 @@ class Client:
 
     def verdict(self, task: bytes, wait: float = 60.0) -> Verdict:
         """The verdict, waiting up to `wait` seconds for it. Raises Unavailable when there is none by then."""
-        until = time.monotonic() + wait
-        while True:
-            answer = self._http.get(f"{_at(task)}/verdict")
-            if answer.status_code == httpx.codes.OK:
-                return Verdict.from_json(answer.json())
-            if answer.status_code != httpx.codes.NOT_FOUND:
-                raise _failure(answer)
-            if time.monotonic() > until:
-                raise Unavailable(f"no verdict on task {task.hex()} after {wait:.0f} s; it is {self.stage(task)}")
-            time.sleep(POLL)
+        return Verdict.from_json(self._awaited(task, "verdict", wait))
 
     def attestation(self, task: bytes, wait: float = 10.0) -> SignedAttestation:
-        """The signed attestation that follows a verdict."""
-        until = time.monotonic() + wait
-        while True:
-            answer = self._http.get(f"{_at(task)}/attestation")
-            if answer.status_code == httpx.codes.OK:
-                return SignedAttestation.from_json(answer.json())
-            if answer.status_code != httpx.codes.NOT_FOUND or time.monotonic() > until:
-                raise _failure(answer)
-            time.sleep(POLL)
+        """The signed attestation that follows a verdict. Raises Unavailable when there is none after `wait` seconds."""
+        return SignedAttestation.from_json(self._awaited(task, "attestation", wait))
 
     def bundle(self, task: bytes, path: Path) -> None:
         """Keep everything an auditor needs in one file."""
         self._download(f"{_at(task)}/bundle", path)
+
+    def _awaited(self, task: bytes, what: str, wait: float) -> object:
+        until = time.monotonic() + wait
+        while True:
+            answer = self._send("GET", f"{_at(task)}/{what}")
+            if answer.status_code != httpx.codes.NOT_FOUND:
+                return _checked(answer).json()
+            if time.monotonic() > until:
+                raise Unavailable(f"no {what} of task {task.hex()} after {wait:.0f} s; it is {self.stage(task)}")
+            time.sleep(POLL)
 
     def _task(self, task: bytes) -> dict[str, Any]:
         return dict(self._call("GET", _at(task)).json())
@@ -130,13 +124,13 @@ class Client:
                     file.write(part)
 
     def _call(self, method: str, url: str, **content: Any) -> httpx.Response:
+        return _checked(self._send(method, url, **content))
+
+    def _send(self, method: str, url: str, **content: Any) -> httpx.Response:
         try:
-            answer = self._http.request(method, url, **content)
+            return self._http.request(method, url, **content)
         except httpx.TransportError as error:
             raise Unavailable(f"the service does not answer: {error}") from error
-        if answer.is_error:
-            raise _failure(answer)
-        return answer
 
 
 Terms = dict[str, Any]
@@ -162,6 +156,12 @@ def _at(task: bytes) -> str:
 def _tensor(array: Array) -> dict[str, Any]:
     data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
     return {"dtype": dtype_name(array.dtype), "shape": list(array.shape), "data": data}
+
+
+def _checked(answer: httpx.Response) -> httpx.Response:
+    if answer.is_error:
+        raise _failure(answer)
+    return answer
 
 
 def _failure(answer: httpx.Response) -> Failure:
