@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any
 
 import numpy.typing as npt
@@ -22,10 +21,8 @@ Engine = Callable[[Mapping[str, npt.NDArray[Any]]], Trace]
 
 @dataclass(frozen=True)
 class Served:
-    """How one task went: seconds to run the model and to commit, bytes of the proof, and the verdict."""
+    """How one task went."""
 
-    run_seconds: float
-    commit_seconds: float
     proof_bytes: int
     verdict: Verdict
 
@@ -38,14 +35,10 @@ def serve(client: Client, task: bytes, model: Model, engine: Engine, key: bytes)
     with TemporaryDirectory(prefix="assay-") as folder:
         terms = client.task(task)
         inputs = client.inputs(task, Path(folder))
-        started = perf_counter()
-        trace = engine(inputs)
-        ran = perf_counter()
-        committed = prove.commit(model, trace, terms)
+        committed = prove.commit(model, engine(inputs), terms)
         signed = sign_commitment(committed.commitment, terms.reward, key)
-        done = perf_counter()
         challenge = client.commit(task, signed)
         path = Path(folder) / "proof.safetensors"
         bundle.write_proof(path, prove.answer(committed, signed, challenge, terms))
         client.upload(task, path, signed.digest(), terms.reward, key)
-        return Served(ran - started, done - ran, path.stat().st_size, client.verdict(task))
+        return Served(path.stat().st_size, client.verdict(task))
