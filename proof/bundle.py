@@ -71,7 +71,7 @@ class Bundle:
     attestation: Json | None
 
 
-def write(path: Path, tensors: Iterable[tuple[str, Array]], metadata: Mapping[str, str]) -> None:
+def write(path: Path, tensors: Iterable[tuple[str, Array]], metadata: Mapping[str, str], *, mode: int = 0o666) -> None:
     """Write the tensors under `path`, which appears whole or not at all. None of them is copied whole.
 
     They lie by size of element, largest first, then by name: each is aligned, and the bytes follow from the content.
@@ -83,7 +83,7 @@ def write(path: Path, tensors: Iterable[tuple[str, Array]], metadata: Mapping[st
     header = _header(arrays, ordered, metadata)
     partial = path.with_name(f".{secrets.token_hex(8)}")
     try:
-        with partial.open("xb") as file:
+        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(len(header).to_bytes(_SIZE_BYTES, "little") + header)
             for name in ordered:
                 file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)

@@ -31,6 +31,7 @@ class Tag(StrEnum):
     POLICY = "policy"
     DRAW = "draw"
     WEIGHT = "weight"
+    KEY = "key"
 
 
 KEYS = {tag: blake3(b"", derive_key_context=f"assay v1 {tag}").digest() for tag in Tag}

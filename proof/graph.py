@@ -2,10 +2,11 @@
 
 The id is BLAKE3 over canonical JSON of the operator sets, nodes with attributes, inputs, outputs and the digest
 of every initializer: it does not depend on protobuf encoding, file layout or documentation strings.
-Weights are NumPy arrays; external data is memory-mapped and must lie beside the model file.
+Weights are NumPy arrays; external data is memory-mapped and must lie beside the model file, or where the reader of a
+model's bytes says that it does.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -46,6 +47,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _GRAPH_KINDS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 Array = npt.NDArray[Any]
+Files = Callable[[str], Path | None]  # the file that a location of external data means
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
@@ -137,13 +139,25 @@ def load(source: Path | bytes) -> onnx.ModelProto:
     try:
         if isinstance(source, bytes):
             proto = onnx.load_model_from_string(source)
-            onnx.checker.check_model(proto)
+            onnx.checker.check_model(_alone(proto))
         else:
             proto = onnx.load(source, load_external_data=False)
             onnx.checker.check_model(str(source))
         return _inlined(proto) if proto.functions else proto
     except (DecodeError, onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         raise Malformed(f"not a valid ONNX model: {_first_line(error)}") from error
+
+
+def _alone(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """With weights of other files taken as empty: the checker would look for them in the current directory."""
+    if not any(external_data_helper.uses_external_data(tensor) for tensor in proto.graph.initializer):
+        return proto
+    alone = onnx.ModelProto()
+    alone.CopyFrom(proto)
+    for tensor in alone.graph.initializer:
+        if external_data_helper.uses_external_data(tensor):
+            tensor.CopyFrom(onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0], raw_data=b""))
+    return alone
 
 
 def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -170,15 +184,27 @@ def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
     return inliner.inline_local_functions(proto)
 
 
-def read_graph(source: Path | bytes) -> Graph:
-    """Read a model. Raises Malformed that names what cannot be read."""
+def read_graph(source: Path | bytes, files: Files | None = None) -> Graph:
+    """Read a model; `files` finds external data, where it does not lie beside a model file.
+
+    Raises Malformed that names what cannot be read.
+    """
     proto = load(source)
-    folder = source.resolve().parent if isinstance(source, Path) else None
-    return graph_of(proto, folder)
+    if files is None and isinstance(source, Path):
+        files = _beside(source.resolve().parent)
+    return graph_of(proto, files)
 
 
-def graph_of(proto: onnx.ModelProto, folder: Path | None = None) -> Graph:
-    """The graph of a parsed model whose external data, if any, lies in `folder`."""
+def _beside(folder: Path) -> Files:
+    def find(location: str) -> Path | None:
+        path = (folder / location).resolve()
+        return path if path.is_relative_to(folder) and path.is_file() else None
+
+    return find
+
+
+def graph_of(proto: onnx.ModelProto, files: Files | None = None) -> Graph:
+    """The graph of a parsed model whose external data, if any, `files` finds."""
     for name in (name for node in proto.graph.node for name in (node.name, *node.input, *node.output)):
         if len(name.encode()) > MAX_NAME_BYTES:
             raise Malformed(f"a name of {len(name.encode())} bytes; the limit is {MAX_NAME_BYTES}")
@@ -189,7 +215,7 @@ def graph_of(proto: onnx.ModelProto, folder: Path | None = None) -> Graph:
     opsets = {_domain(entry.domain): entry.version for entry in proto.opset_import}
     if any(opsets[_domain(entry.domain)] != entry.version for entry in proto.opset_import):
         raise Malformed("two versions of one operator set are imported")
-    weights = {tensor.name: _array(tensor, folder) for tensor in proto.graph.initializer}
+    weights = {tensor.name: _array(tensor, files) for tensor in proto.graph.initializer}
     inputs = tuple(_input(value) for value in proto.graph.input if value.name not in weights)
     nodes = tuple(_node(i, node, opsets) for i, node in enumerate(proto.graph.node))
     outputs = tuple(value.name for value in proto.graph.output)
@@ -276,13 +302,13 @@ def _dtype(elem_type: int, name: str) -> np.dtype[Any]:
     return dtype
 
 
-def _array(tensor: onnx.TensorProto, folder: Path | None) -> Array:
+def _array(tensor: onnx.TensorProto, files: Files | None) -> Array:
     dtype, shape = _dtype(tensor.data_type, tensor.name), tuple(tensor.dims)
     if len(shape) > MAX_RANK or any(dim < 0 for dim in shape):
         raise Malformed(f"tensor {tensor.name!r} has the impossible shape {shape}")
     try:
         if external_data_helper.uses_external_data(tensor):
-            return _external(tensor, folder, dtype, shape)
+            return _external(tensor, files, dtype, shape)
         array: Array = numpy_helper.to_array(tensor)
     except (ValueError, TypeError, OSError) as error:
         raise Malformed(f"tensor {tensor.name!r} cannot be read: {_first_line(error)}") from error
@@ -291,12 +317,12 @@ def _array(tensor: onnx.TensorProto, folder: Path | None) -> Array:
     return array
 
 
-def _external(tensor: onnx.TensorProto, folder: Path | None, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-    if folder is None:
+def _external(tensor: onnx.TensorProto, files: Files | None, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    if files is None:
         raise Malformed(f"tensor {tensor.name!r} lies in another file: save the model with its weights inside")
     info = external_data_helper.ExternalDataInfo(tensor)
-    path = (folder / info.location).resolve()
-    if not path.is_relative_to(folder) or not path.is_file():
+    path = files(info.location)
+    if path is None:
         raise Malformed(f"tensor {tensor.name!r} points to {info.location!r}, which is not a file beside the model")
     offset, length = info.offset or 0, prod(shape) * dtype.itemsize
     if offset + length > path.stat().st_size or (info.length or length) != length:

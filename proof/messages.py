@@ -223,9 +223,14 @@ class Verdict:
     nodes_total: int
     nodes_checked: int
     rows: int | None  # opened of each tensor; None: all
+    heads: int | None = None  # of K and V, checked in each attention node with a head a row; None: all
     policy: str
     misses: Mapping[str, float]  # fraction of wrong rows -> probability that none is opened
     entries: Mapping[str, int] = field(default_factory=dict)  # op family -> entries of node outputs that were checked
+    determined: Mapping[str, int] = field(default_factory=dict)  # those that a rounding profile left no choice
+    largest: Mapping[str, float] = field(default_factory=dict)  # op family -> largest |claimed - exact| / radius
+    ambiguous: int = 0  # tokens of an answer that another one could replace
+    keyed: bytes | None = None  # id of the secret key that stood for the weights; None: the weights were at hand
     task: bytes | None
     commitment: bytes
     check_seed: bytes
@@ -244,7 +249,12 @@ class Verdict:
             "rows": self.rows,
             "policy": self.policy,
             "misses": dict(self.misses),
+            "heads": self.heads,
             "entries": dict(self.entries),
+            "determined": dict(self.determined),
+            "largest": dict(self.largest),
+            "ambiguous": self.ambiguous,
+            "keyed": self.keyed and self.keyed.hex(),
             "task": self.task and self.task.hex(),
             "commitment": self.commitment.hex(),
             "check_seed": self.check_seed.hex(),
@@ -254,7 +264,7 @@ class Verdict:
     def from_json(cls, value: object, at: str = "verdict") -> Self:
         names = tuple(cls.__dataclass_fields__)
         member = dict(zip(names, fields(value, at, names), strict=True))
-        reason, node, rows, task = (member[key] for key in ("reason", "node", "rows", "task"))
+        reason, node, rows, keyed, task = (member[key] for key in ("reason", "node", "rows", "keyed", "task"))
         result = cls(
             verdict=_verdict(member["verdict"], f"{at}.verdict"),
             reason=None if reason is None else _reason(reason, f"{at}.reason"),
@@ -265,7 +275,12 @@ class Verdict:
             rows=None if rows is None else integer(rows, f"{at}.rows"),
             policy=_policy(member["policy"], f"{at}.policy"),
             misses=_misses(member["misses"], f"{at}.misses"),
+            heads=None if member["heads"] is None else integer(member["heads"], f"{at}.heads"),
             entries=_entries(member["entries"], f"{at}.entries"),
+            determined=_entries(member["determined"], f"{at}.determined"),
+            largest=_largest(member["largest"], f"{at}.largest"),
+            ambiguous=integer(member["ambiguous"], f"{at}.ambiguous"),
+            keyed=None if keyed is None else octets(keyed, f"{at}.keyed", DIGEST_BYTES),
             task=None if task is None else octets(task, f"{at}.task", DIGEST_BYTES),
             commitment=octets(member["commitment"], f"{at}.commitment", DIGEST_BYTES),
             check_seed=octets(member["check_seed"], f"{at}.check_seed", DIGEST_BYTES),
@@ -306,13 +321,21 @@ def _reason(value: object, at: str) -> Reason:
 
 
 def _misses(value: object, at: str) -> dict[str, float]:
-    if not isinstance(value, dict) or len(value) > MAX_MISSES:
-        raise Malformed(f"{at}: not an object of at most {MAX_MISSES} members")
-    for fraction, miss in value.items():
-        name(fraction, at)
-        if type(miss) not in (int, float) or not 0 <= miss <= 1:
-            raise Malformed(f"{at}.{fraction}: not a probability")
-    return {fraction: float(miss) for fraction, miss in value.items()}
+    return _ratios(value, at, MAX_MISSES, "a probability")
+
+
+def _largest(value: object, at: str) -> dict[str, float]:
+    return _ratios(value, at, MAX_FAMILIES, "a ratio that passes")
+
+
+def _ratios(value: object, at: str, limit: int, what: str) -> dict[str, float]:
+    if not isinstance(value, dict) or len(value) > limit:
+        raise Malformed(f"{at}: not an object of at most {limit} members")
+    for key, ratio in value.items():
+        name(key, at)
+        if type(ratio) not in (int, float) or not 0 <= ratio <= 1:
+            raise Malformed(f"{at}.{key}: not {what}")
+    return {key: float(ratio) for key, ratio in value.items()}
 
 
 def _entries(value: object, at: str) -> dict[str, int]:

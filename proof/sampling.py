@@ -51,6 +51,12 @@ def select(seed: bytes, q: int | None, n: int) -> Int64s:
     return np.unique(_scale(words(seed, "rows", q), n)) if n else np.zeros(0, np.int64)
 
 
+def drawn(seed: bytes, q: int | None, n: int) -> Int64s:
+    """The rows that a challenge has checked: those that `select` gives, and the last one, on which an end depends."""
+    rows = select(seed, q, n)
+    return rows if not n or rows[-1] == n - 1 else np.append(rows, n - 1)
+
+
 def entries(seed: bytes, label: str, count: int, bound: int) -> Int64s:
     """`count` integers in [0, bound), each value off uniform by less than 2^-64."""
     return _scale(words(seed, label, count), bound)
@@ -73,6 +79,13 @@ def normals(seed: bytes, label: str, shape: Shape) -> npt.NDArray[np.float32]:
     radius = np.sqrt(-2 * _log((pairs[:, 0] + np.uint64(1)).astype(np.float64) * 2.0**-53))
     points = radius[:, None] * _circle(pairs[:, 1])
     return points.reshape(-1)[:count].astype(np.float32).reshape(shape)
+
+
+def gumbels(seed: bytes, label: str, count: int, at: Int64s | None = None) -> Float64s:
+    """`count` standard Gumbel variables, or those of them `at` some places: -ln(-ln u), u = (w + 1/2) / 2^32 for each
+    32-bit word w of the stream."""
+    stream = np.frombuffer(xof(seed, label, 4 * count), "<u4")[slice(None) if at is None else at]
+    return -_log(-_log((stream.astype(np.float64) + 0.5) * 2.0**-32))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ VERDICT = Verdict(
     rows=4,
     policy="spot",
     misses=policy("spot").report(),
+    heads=1,
     entries={"pointwise": 2},
+    largest={"pointwise": 0.5},
     task=TASK.id(),
     commitment=COMMITMENT.digest(),
     check_seed=bytes(range(64, 96)),
@@ -100,9 +102,9 @@ def test_the_table_of_reasons_is_the_real_one():
 
 
 def test_the_table_of_policies_is_the_real_one():
-    for name, opened, half, tenth, bits, digest in rows_of("Policies"):
+    for name, opened, heads, half, tenth, bits, digest in rows_of("Policies"):
         rules = POLICIES[name]
-        assert opened == ("all" if rules.rows is None else str(rules.rows))
+        assert [opened, heads] == ["all" if count is None else str(count) for count in (rules.rows, rules.heads)]
         assert (half, tenth) == (f"{rules.misses(0.5):.2g}", f"{rules.misses(0.1):.2g}")
         assert (bits, digest) == (str(rules.soundness_bits), rules.hash().hex())
     assert [row[0] for row in rows_of("Policies")] == list(POLICIES)
