@@ -16,13 +16,14 @@ from scipy.special import chdtri
 
 from gpu.kernels import entries as kernel
 from gpu.kernels import ring
-from gpu.kernels.fold import column_energy, fold
+from gpu.kernels.fold import Fold, column_energy, fold
 from gpu.kernels.widen import Raw
 from gpu.rounding import EVALUATION, FORMATS, Array
 from proof.errors import Reason, Rejected
 from proof.policy import Policy
 from proof.sampling import Draw
 
+FEW = 3  # rows a challenge vector, up to which all of them are recomputed: what a policy draws is always
 PREFIXES = 16  # blocks of k after which the partial sums of a row are probed
 WIDEST_FOLD = 4096  # columns: a wider row hides one wrong entry from T1 (S5)
 LONG = 8192  # terms beyond which T3 takes twice the entries
@@ -98,7 +99,7 @@ def folds(shape: tuple[int, int, int], policy: Policy) -> bool:
     """Whether a product of shape (m, k, n) is folded: many rows, and fewer multiplications than recomputing them."""
     m, k, n = shape
     cost = policy.challenges * (k * n + m * (k + n)) + policy.entries * k
-    return m > 2 * policy.challenges and m * k * n > cost
+    return m > FEW * policy.challenges and m * k * n > cost
 
 
 def recompute(product: Product) -> float:
@@ -196,7 +197,7 @@ def check_rows(product: Product, policy: Policy, draw: Draw, rows: int) -> float
     n = product.shape[2]
     bias = _bias_rows(product)
     starts = range(0, n, WIDEST_FOLD)
-    quantile = _quantile(policy.challenges, policy.delta_bits, rows * len(starts))
+    quantile = quantile_of(policy.challenges, policy.delta_bits, rows * len(starts))
     worst = 0.0
     for start in starts:
         part = slice(start, start + WIDEST_FOLD)
@@ -208,19 +209,27 @@ def check_rows(product: Product, policy: Policy, draw: Draw, rows: int) -> float
 
 
 def _check_block(product: Product, key: Key, quantile: float) -> float:
-    m, k, n = product.shape
-    right = fold(product.x, key.u, key.nu, min(PREFIXES, k))
+    right = fold(product.x, key.u, key.nu, min(PREFIXES, product.shape[1]))
     left = fold(product.y, key.r, key.d**2, dtype=product.y.dtype)
+    return judge_rows(product, right, left, _bias_rows(product) @ key.r.T, key.d, quantile)
+
+
+def judge_rows(
+    product: Product, right: Fold, left: Fold, bias: Array, d: Array, quantile: float, evaluation: float = 0.0
+) -> float:
+    """S4 for rows whose sides are folded; `bias` (m or 1, s) is too. `evaluation` is the relative error of the folds
+    where they were not made in float64."""
+    m, k, n = product.shape
     if not (np.isfinite(right.energy).all() and np.isfinite(left.energy).all()):
         raise Rejected(Reason.NONFINITE, "NaN or infinity in a product")
-    residual = np.sqrt(((left.sums - right.sums - _bias_rows(product) @ key.r.T) ** 2).sum(1))
+    residual = np.sqrt(((left.sums - right.sums - bias) ** 2).sum(1))
     a, norm = np.sqrt(right.energy), np.sqrt(left.energy)
     form, profile = FORMATS[product.y.dtype], product.profile
     size = np.maximum(np.maximum(a, norm), np.sqrt(right.probe))
     coherence = np.divide(2 * size, sqrt(k) * a, out=np.ones(m), where=a > 0)
     bound = np.sqrt(left.rounding) + ((product.rounds - 1) * form.u + profile.accumulation(k, coherence)) * size
-    bound += np.sqrt((key.d**2).sum()) * (k * _underflow(product.y.dtype) + form.flush)
-    threshold = quantile * bound + EVALUATION * sqrt(k * n) * (a + norm)
+    bound += sqrt(d @ d) * (k * _underflow(product.y.dtype) + form.flush)
+    threshold = quantile * (bound + evaluation * size) + EVALUATION * sqrt(k * n) * (a + norm)
     passes = np.isfinite(threshold) & (threshold > 0) & (residual <= threshold)
     if not np.any(product.bias):
         passes &= (a > 0) | (norm == 0)
@@ -235,7 +244,7 @@ def _underflow(dtype: np.dtype) -> float:
 
 
 @lru_cache
-def _quantile(challenges: int, delta_bits: int, rows: int) -> float:
+def quantile_of(challenges: int, delta_bits: int, rows: int) -> float:
     """c_s(delta) for delta = 2^-delta_bits / rows."""
     return sqrt(chdtri(challenges, 2.0**-delta_bits / rows))
 
@@ -266,7 +275,7 @@ def check_integers(
     judge, and the product is recomputed. Raises Rejected(FREIVALDS | REEXECUTION).
     """
     m, k, n = x.shape[0], x.shape[1], w.shape[1]
-    if m <= 2 * policy.challenges or m * k * n <= FOLDS * (k * n + m * (k + n)) or k > EXACT_TERMS:
+    if m <= FEW * policy.challenges or m * k * n <= FOLDS * (k * n + m * (k + n)) or k > EXACT_TERMS:
         product = exact_product(x, w, zeros).astype(np.int32)
         if (product != y).any():
             at = np.unravel_index(int(np.argmax(product != y)), y.shape)

@@ -21,7 +21,7 @@ from gpu.ops.call import Family, Infer, Op, Site
 from gpu.ops.registry import REGISTRY
 from gpu.rounding import is_float
 from proof.errors import Malformed
-from proof.graph import MAX_RANK, Graph, Node, Spec, dtype_name, read_graph, spec_of
+from proof.graph import MAX_RANK, Files, Graph, Node, Spec, dtype_name, read_graph, spec_of
 
 MAX_FOLDED_BYTES = 2**32  # of all values computed from a run's shapes, or from constants
 MAX_GROWTH = 16  # bytes more that may be computed from constants, for each byte of weights
@@ -48,6 +48,7 @@ class Plan:
     known: Mapping[str, Array]  # constants, and values that follow from shapes
     derived: frozenset[str]  # node outputs among the known: the verifier computes them itself
     sites: Mapping[int, Site] = field(repr=False)  # by node index
+    answers: frozenset[str]  # graph inputs that no task gives: a node ties them to the rest of the run
 
     @property
     def nbytes(self) -> int:
@@ -74,10 +75,14 @@ class Model:
     def id(self) -> bytes:
         return self.graph.id
 
+    @property
+    def answers(self) -> frozenset[str]:
+        return _answers(self.graph, self.nodes)
+
     @classmethod
-    def open(cls, source: Path | bytes) -> "Model":
+    def open(cls, source: Path | bytes, files: Files | None = None) -> "Model":
         """Read a model and fold it. Raises Malformed naming the op and node that cannot be checked."""
-        return cls.of(read_graph(source))
+        return cls.of(read_graph(source, files))
 
     @classmethod
     def of(cls, graph: Graph) -> "Model":
@@ -133,7 +138,8 @@ def _report(graph: Graph, nodes: tuple[Node, ...], refusal: str | None) -> dict[
     for node in nodes:
         op = REGISTRY.get((node.domain, node.op))
         ops.setdefault(str(op.family) if op else "none", Counter())[node.op] += 1
-    weights = graph.weights.values()
+    weights, answers = graph.weights.values(), _answers(graph, nodes)
+    inputs = [{"name": i.name, "dtype": dtype_name(i.dtype), "shape": list(i.shape)} for i in graph.inputs]
     return {
         "model": graph.id.hex(),
         "nodes": len(nodes),
@@ -145,11 +151,19 @@ def _report(graph: Graph, nodes: tuple[Node, ...], refusal: str | None) -> dict[
             "elements": sum(w.size for w in weights),
             "bytes": sum(w.nbytes for w in weights),
         },
-        "inputs": [{"name": i.name, "dtype": dtype_name(i.dtype), "shape": list(i.shape)} for i in graph.inputs],
+        "inputs": [entry for entry in inputs if entry["name"] not in answers],
+        "answers": [entry for entry in inputs if entry["name"] in answers],
         "outputs": list(graph.outputs),
         "verifiable": refusal is None,
         "refusal": refusal,
     }
+
+
+def _answers(graph: Graph, nodes: tuple[Node, ...]) -> frozenset[str]:
+    """Graph inputs that no task gives: the worker does, and a node ties them to the rest."""
+    given = {i.name for i in graph.inputs}
+    rows = [(node, REGISTRY.get((node.domain, node.op))) for node in nodes]
+    return frozenset(node.inputs[i] for node, op in rows if op for i in op.answers if i < len(node.inputs)) & given
 
 
 def registry_row(node: Node) -> Op:
@@ -312,6 +326,7 @@ class _Planner:
             known=self.known,
             derived=frozenset(self.derived),
             sites=self.sites,
+            answers=model.answers,
         )
 
     def _take_inputs(self, shapes: Shapes) -> None:

@@ -17,7 +17,9 @@ from proof.errors import Reason, Rejected
 Array = npt.NDArray[np.float64]
 Values = npt.NDArray[Any]
 
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 U32 = 2.0**-24
+CLOSING_ROW, CLOSING_ENTRY = 1.0, 8.0
 EVALUATION = 2.0**-50  # relative error of our own float64 evaluation
 
 
@@ -44,7 +46,7 @@ FORMATS: dict[np.dtype, Format] = {  # fp16 engines keep subnormals, the others 
     np.dtype(np.float64): Format(53, -1022, float(np.finfo(np.float64).max), 2.0**-1022),
     np.dtype(np.float32): Format(24, -126, float(np.finfo(np.float32).max), 2.0**-126),
     np.dtype(np.float16): Format(11, -14, 65504.0, 0.0),
-    np.dtype(ml_dtypes.bfloat16): Format(8, -126, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max), 2.0**-126),
+    BFLOAT16: Format(8, -126, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max), 2.0**-126),
 }
 
 
@@ -62,6 +64,72 @@ def half_ulp(y: Array, dtype: np.dtype) -> Array:
     bits = np.left_shift(np.maximum(np.maximum(exponent, form.e_min + 1023) - form.p, 1), 52)
     half: Array = bits.view(np.float64).reshape(y.shape)
     return half
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What a kernel that rounds as its profile says may return: low <= y <= high, and the exact value rounded once.
+
+    All three are of the output's dtype and of one shape.
+    """
+
+    low: Values
+    nearest: Values
+    high: Values
+
+
+def round_to(values: Array, dtype: np.dtype) -> Values:
+    """float64 values rounded to nearest even in `dtype`, once: a bfloat16 does not pass through float32 first."""
+    if dtype != BFLOAT16:
+        with np.errstate(over="ignore"):
+            rounded: Values = values.astype(dtype)
+        return rounded
+    # Rounding to odd in between keeps the second rounding from meeting a tie that the first one made.
+    with np.errstate(over="ignore", invalid="ignore"):
+        odd = values.astype(np.float32)
+        inexact = (odd.astype(np.float64) != values) & np.isfinite(odd)
+        away = np.abs(odd.astype(np.float64)) > np.abs(values)
+    bits = odd.view(np.int32)
+    bits = np.where(inexact, (bits - (away & inexact)) | 1, bits).astype(np.int32)
+    return bits.view(np.float32).astype(dtype)
+
+
+def determined(values: Values) -> Interval:
+    return Interval(values, values, values)
+
+
+def around(z: Array, radius: Array | float, dtype: np.dtype) -> Interval:
+    """What rounding a value within `radius` of z may give."""
+    return Interval(*(round_to(value, dtype) for value in (z - radius, z, z + radius)))
+
+
+def compare_interval(claimed: Values, interval: Interval) -> int:
+    """Check entries against what a profile allows; returns how many of them it left no choice.
+
+    Raises Rejected(NONFINITE | REEXECUTION).
+    """
+    y, low, high, nearest = (
+        array.astype(np.float64) for array in (claimed, interval.low, interval.high, interval.nearest)
+    )
+    _refuse(~(np.isfinite(y) & (low <= y) & (y <= high)), y, nearest)
+    return int((low == high).sum())
+
+
+def compare_closing(claimed: Values, replayed: Values) -> float:
+    """Check rows at the end of a segment that was recomputed, all but the roundings of its inner sums the same.
+
+    The distance of an entry is counted in `half_ulp` of the entry and of its row's root mean square. CLOSING_ROW bounds
+    its root mean square over a row, CLOSING_ENTRY every one; both are calibrated (bench/README.md), not proven.
+    Returns the largest share of a bound that was used. Raises Rejected(NONFINITE | REEXECUTION).
+    """
+    y, z = claimed.astype(np.float64), replayed.astype(np.float64)
+    finite = np.isfinite(y) & np.isfinite(z)
+    _refuse(~finite, y, z)
+    size = np.sqrt(np.mean(z * z, axis=-1, keepdims=True)) * np.ones_like(z)
+    off = np.abs(y - z) / (half_ulp(y, claimed.dtype) + half_ulp(size, claimed.dtype))
+    row = np.sqrt(np.mean(off * off, axis=-1, keepdims=True)) * np.ones_like(off)
+    _refuse((off > CLOSING_ENTRY) | (row > CLOSING_ROW), y, z)
+    return float(max(off.max(initial=0.0) / CLOSING_ENTRY, row.max(initial=0.0) / CLOSING_ROW))
 
 
 def compare(claimed: Values, exact: Array, slack: Array | float = 0.0) -> float:

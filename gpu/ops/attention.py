@@ -14,16 +14,19 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from gpu.kernels.attention import replay
+from gpu.kernels.attention_radius import Bounds, attend
+from gpu.ops import heads as groups
 from gpu.ops import rotary
 from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, Tensor, distinct, every_row
-from gpu.rounding import FORMATS, U32, Array, compare, compare_equal
+from gpu.profiles import profile_of
+from gpu.rounding import FORMATS, U32, Array, Interval, Values, around, compare, compare_equal
 from proof.errors import Reason, Rejected
 from proof.graph import Node, Spec
 
 Ints = npt.NDArray[np.int64]
 
 MASK, PAST_KEY, PAST_VALUE, LENGTHS = 3, 4, 5, 6  # input positions after Q, K, V
-CHUNK = 2**21  # elements of (queries, keys, values) held at once
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,38 @@ def _check_cache(call: Call, heads: Heads, position: int) -> None:
     compare_equal(call.claimed[position], expected)
 
 
+def _interval(call: Call) -> Interval | None:
+    """The rows under a rounding profile; None where no profile says what a node does: a cache, float masks, softcap."""
+    site, heads, rows = call.site, heads_of(call.site), call.rows[0]
+    out, mask = site.outputs[0], _spec(site, MASK)
+    assert out is not None
+    unsaid = heads.past or _spec(site, LENGTHS) is not None or site.node.attributes.get("softcap", 0.0)
+    if unsaid or out.dtype == np.float64 or (mask is not None and mask.dtype != np.bool_) or any(site.outputs[1:]):
+        return None
+    profile = profile_of(call.policy)
+    z, radius = np.empty((len(rows), out.width)), np.empty((len(rows), out.width))
+    for queries in heads.select(rows):
+        q = heads.columns(_tensor(call, 0).take(rows[queries.at]), queries.head, heads.heads)
+        k, v = (_own_keys(call, heads, queries, position) for position in (1, 2))
+        allowed = _bias(call, heads, queries, len(k)) == 0.0
+        if not (allowed.any(1).all() and np.isfinite(q).all()):
+            return None
+        found = replay(
+            q.astype(np.float64),
+            k,
+            v,
+            allowed,
+            _scale(call, q.shape[1]),
+            eager=profile.attention == "eager",
+            units=(profile.sums(out.dtype, profile.scores), profile.sums(out.dtype), profile.exponentials(out.dtype)),
+        )
+        for target, values in zip((z, radius), found, strict=True):
+            width = values.shape[1]
+            columns = slice(queries.head * width, (queries.head + 1) * width) if heads.packed else slice(None)
+            target[queries.at, columns] = values
+    return around(z, radius, out.dtype)
+
+
 def _tensor(call: Call, position: int) -> Tensor:
     tensor = call.inputs[position]
     assert tensor is not None
@@ -180,20 +215,21 @@ def _check_output(call: Call, heads: Heads) -> float:
         q = heads.columns(_tensor(call, 0).take(call.rows[0][queries.at]), queries.head, heads.heads)
         k, v = _keys(call, heads, queries, 1), _keys(call, heads, queries, 2)
         y = heads.columns(claimed[queries.at], queries.head, heads.heads)
-        bias = _bias(call, heads, queries, len(k))
-        step = max(1, CHUNK // max(1, k.shape[0] * v.shape[1]))
-        for start in range(0, len(q), step):
-            part = slice(start, start + step)
-            worst = max(worst, _check_rows(call, q[part], k, v, bias[part], y[part]))
+        worst = max(worst, _check_rows(call, q.astype(np.float64), k, v, _bias(call, heads, queries, len(k)), y))
     return worst
 
 
-def _keys(call: Call, heads: Heads, queries: Queries, position: int) -> Array:
-    new, past = heads.key_rows(queries)
-    rows = heads.columns(_tensor(call, position).take(new), heads.group(queries.head), heads.groups)
+def _own_keys(call: Call, heads: Heads, queries: Queries, position: int) -> npt.NDArray[Any]:
+    new, _ = heads.key_rows(queries)
+    return heads.columns(_tensor(call, position).take(new), heads.group(queries.head), heads.groups)
+
+
+def _keys(call: Call, heads: Heads, queries: Queries, position: int) -> npt.NDArray[Any]:
+    _, past = heads.key_rows(queries)
+    rows = _own_keys(call, heads, queries, position)
     if heads.past:
         rows = np.concatenate([_tensor(call, position + 3).take(past), rows])
-    return rows.astype(np.float64)
+    return rows
 
 
 def _bias(call: Call, heads: Heads, queries: Queries, visible: int) -> Array:
@@ -218,61 +254,40 @@ def _bias(call: Call, heads: Heads, queries: Queries, visible: int) -> Array:
     return bias
 
 
-def _check_rows(call: Call, q: npt.NDArray[Any], k: Array, v: Array, bias: Array, claimed: npt.NDArray[Any]) -> float:
+def _check_rows(call: Call, q: Array, k: Values, v: Values, bias: Array, claimed: Values) -> float:
     """Compare rows (r, width) with softmax(scale q k + bias) v, as any honest kernel may round it."""
-    used: Any = (bias > -np.inf).any(0)
-    if np.isnan(bias).any() or not (np.isfinite(q).all() and np.isfinite(k[used]).all() and np.isfinite(v[used]).all()):
-        raise Rejected(Reason.NONFINITE, "NaN or infinity in queries, keys or values")
-    k, v = np.where(used[:, None], k, 0.0), np.where(used[:, None], v, 0.0)
+    if np.isnan(bias).any() or not np.isfinite(q).all():
+        raise Rejected(Reason.NONFINITE, "NaN or infinity in queries or mask")
     # Without any key a row is zero, and so it is in engines that take the lowest number for -inf.
     lowest: Any = bias.max(axis=1, initial=-np.inf) <= -FORMATS[claimed.dtype].largest
     empty: Any = lowest & ((claimed == 0).all(1) | (bias == -np.inf).all(1))
     z, slack = np.zeros(claimed.shape), np.zeros(claimed.shape)
     if not empty.all():
-        z[~empty], slack[~empty] = _attend(call, q[~empty].astype(np.float64), k, v, bias[~empty], claimed.dtype)
+        bounds = _bounds(call, q.shape[1], len(k), claimed.dtype)
+        z[~empty], slack[~empty] = attend(q[~empty], k, v, bias[~empty], bounds, claimed.dtype)
     if not np.isfinite(slack).all():
-        raise Rejected(Reason.NONFINITE, "scores of attention overflow")
+        raise Rejected(Reason.NONFINITE, "NaN or infinity in keys or values, or scores overflow")
     return compare(claimed, z, slack)
 
 
-def _attend(call: Call, q: Array, k: Array, v: Array, bias: Array, dtype: np.dtype) -> tuple[Array, Array]:
-    """The output rows, and how far an honest kernel's may lie from them before their own rounding."""
-    low, exact, high = _scores(call, q, k, bias, dtype)
-    top = exact.max(axis=1)[:, None]
-    soft, unit = _soft_unit(call, dtype), min(U32, FORMATS[dtype].u)
-    spread = soft * np.abs(np.where(exact > -np.inf, exact - top, 0.0))
-    exponential = (2048 if FORMATS[dtype].u > U32 else 64) * unit
-    weight = np.exp(exact - top)
-    least, most = np.exp(low - top - spread) * (1 - exponential), np.exp(high - top + spread) * (1 + exponential)
-    share = weight / weight.sum(1)[:, None]
-    z = share @ v
-    moved = np.maximum(most - weight, weight - least)
-    away = np.einsum("rt,rtd->rd", moved, np.abs(v[None] - z[:, None])) / least.sum(1)[:, None]
-    return z, away + ((2 * _alpha(len(k)) + 10) * unit + soft) * (share @ np.abs(v))
+def _bounds(call: Call, width: int, keys: int, dtype: np.dtype) -> Bounds:
+    """What honest kernels may do: sqrt(scale), q and k times it, the product and its scaling rounded to the dtype."""
+    u, unit, soft = FORMATS[dtype].u, min(U32, FORMATS[dtype].u), _soft_unit(call, dtype)
+    return Bounds(
+        scale=_scale(call, width),
+        softcap=float(call.site.node.attributes.get("softcap", 0.0)),
+        product=_alpha(width) * unit + 4 * u,
+        score=2 * u,
+        cap=16 * unit,
+        exponent=soft,
+        exponential=(2048 if u > U32 else 64) * unit,
+        sums=(2 * _alpha(keys) + 10) * unit + soft,
+    )
 
 
-def _scores(call: Call, q: Array, k: Array, bias: Array, dtype: np.dtype) -> tuple[Array, Array, Array]:
-    """The least, exact and largest score an honest kernel may give each key; -inf where masked."""
-    u, unit = FORMATS[dtype].u, min(U32, FORMATS[dtype].u)
+def _scale(call: Call, width: int) -> float:
     given = call.site.node.attributes.get("scale")
-    scale = 1.0 / np.sqrt(q.shape[1]) if given is None else float(given)
-    exact, size = scale * (q @ k.T), abs(scale) * (np.abs(q) @ np.abs(k).T)
-    # sqrt(scale), q and k times it, the product and its scaling may all be rounded to the dtype.
-    error = (_alpha(q.shape[1]) * unit + 4 * u) * size + 2 * u * np.abs(exact)
-    softcap = float(call.site.node.attributes.get("softcap", 0.0))
-    if softcap > 0:
-        exact = softcap * np.tanh(exact / softcap)
-        error = error + 4 * u * np.abs(exact) + 16 * unit * softcap
-    low, exact, high = exact - error + bias, exact + bias, exact + error + bias
-    for rounded in {np.dtype(np.float32) if u > U32 else dtype, dtype}:
-        low = np.minimum(low, _round(low, rounded))
-        high = np.maximum(high, _round(high, rounded))
-    return low, exact, high
-
-
-def _round(values: Array, dtype: np.dtype) -> Array:
-    with np.errstate(over="ignore"):
-        return values.astype(dtype).astype(np.float64)
+    return 1.0 / float(np.sqrt(width)) if given is None else float(given)
 
 
 def _soft_unit(call: Call, dtype: np.dtype) -> float:
@@ -297,6 +312,13 @@ def _refuses(node: Node) -> str | None:
 
 
 OPS: dict[tuple[str, str], Op] = {
-    ("", "Attention"): Op(family=Family.ATTENTION, reach=_reach, check=_check, refuses=_refuses),
+    ("", "Attention"): Op(
+        family=Family.ATTENTION,
+        reach=_reach,
+        check=_check,
+        interval=_interval,
+        refuses=_refuses,
+        sample=groups.sample,
+    ),
     **rotary.OPS,
 }

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpu.rounding import Interval
 from proof.graph import Node, Spec
 from proof.policy import Policy
 from proof.sampling import Draw
@@ -25,6 +26,7 @@ class Family(StrEnum):
     ROWWISE = "rowwise"
     CONTRACTION = "contraction"
     ATTENTION = "attention"
+    DECODING = "decoding"
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,13 @@ class Site:
 @dataclass(frozen=True)
 class Measure:
     """What a check covered: claimed entries (every one of them, or `verify` stops), and the largest
-    |claimed - exact| / radius seen. Rows under a fold count with all their entries."""
+    |claimed - exact| / radius seen. Rows under a fold count with all their entries. `determined`: entries whose bits
+    a rounding profile left no choice. `ambiguous`: tokens that another choice of equal standing could replace."""
 
     entries: int
     ratio: float = 0.0
+    determined: int = 0
+    ambiguous: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,14 @@ class Call:
     claimed: tuple[Array, ...]  # per output (len(rows), width), in the committed dtype
     policy: Policy
     draw: Draw  # randomness of this node, unknown to the prover when it committed
+    outputs: tuple[Tensor | None, ...] = ()  # what is opened of each output, checked or not
 
 
 Reach = Callable[[Site, int, RowIds], Mapping[int, RowIds]]
 """(site, output position, rows of that output) -> rows needed per input position; known inputs need not be named."""
+
+Sample = Callable[[Site, Policy, bytes], RowIds]
+"""(site, policy, challenge seed) -> rows of output 0 that are checked."""
 
 Infer = Callable[[Node, tuple[Spec | None, ...]], tuple[Spec, ...]]
 
@@ -111,6 +120,9 @@ class Op:
     semantics, so constant subgraphs of it are folded. `values`: inputs whose values must be known from model and
     shapes. `refuses`: why a node (unsupported attribute, dtype) cannot be checked, or None. `infer`: output specs, only
     for ops of other domains than ai.onnx, whose schemas the onnx package does not have.
+    `interval`: what output 0 may be under the profile of the call's policy, from inputs alone; None where `check` is
+    the way. `sample`: rows to check instead of those that every tensor of as many rows opens. `answers`: graph inputs
+    that are the worker's to give, because this node ties them to the rest.
     """
 
     family: Family
@@ -120,6 +132,9 @@ class Op:
     values: tuple[int, ...] = ()
     refuses: Callable[[Node], str | None] = field(default=lambda node: None)
     infer: Infer | None = None
+    interval: Callable[[Call], Interval | None] | None = None
+    sample: Sample | None = None
+    answers: tuple[int, ...] = ()
 
 
 def every_row(spec: Spec) -> RowIds:

@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpu.freivalds import PROFILES, Product, check
+from gpu.freivalds import PROFILES, Product, check, folds
+from gpu.kernels.partial import partial_sums
 from gpu.ops import convolution, einsum, integers
 from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site
 from gpu.ops.matrices import layout, product_shape
-from gpu.rounding import compare_equal
+from gpu.profiles import profile_of
+from gpu.rounding import U32, Interval, around, compare_equal
 from proof.graph import Node, Spec
+
+FLUSHED = 2.0**-133  # what a kernel loses that flushes subnormal products
+SHORT = 256  # terms: below, other orders of adding meet larger partial sums, by 1 / sqrt(terms)
 
 
 def _reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
@@ -40,6 +45,28 @@ def _check(call: Call) -> Measure:
         product = Product(scaled, w, y, added, label=f"{group.left}/{group.right}")
         worst = max(worst, check(product, call.policy, call.draw, len(rows)))
     return Measure(claimed.size, worst)
+
+
+def _interval(call: Call) -> Interval | None:
+    """Every entry again with the size of its partial sums; None where `check` is closer (fp32), folds, or scales."""
+    form, rows, spec = layout(call.site), call.rows[0], call.site.outputs[0]
+    assert spec is not None
+    factors = [float(call.site.node.attributes.get(name, 1.0)) for name in ("alpha", "beta")]
+    if spec.dtype not in PROFILES or spec.dtype == np.float64 or factors != [1.0, 1.0]:
+        return None
+    if call.claimed and spec.dtype == np.float32:
+        return None
+    bias, gamma = _bias(call), profile_of(call.policy).sums(spec.dtype) * U32
+    z, size = np.empty((len(rows), spec.width)), np.empty((len(rows), spec.width))
+    for group in form.groups(rows):
+        x, w = form.operands(group, call.inputs)
+        if call.claimed and folds((*x.shape, w.shape[1]), call.policy):
+            return None
+        own = bias[group.at] if len(bias) > 1 else bias
+        added = np.broadcast_to(own, (len(own), w.shape[1]))
+        z[group.at], parts = partial_sums(x.astype(np.float64), w, added)
+        size[group.at] = parts * max(1.0, (SHORT / max(x.shape[1], 1)) ** 0.5)
+    return around(z, gamma * size + FLUSHED, spec.dtype)
 
 
 def _bias(call: Call) -> npt.NDArray[np.float64]:
@@ -71,7 +98,7 @@ def _infer_fused(node: Node, inputs: tuple[Spec | None, ...]) -> tuple[Spec, ...
 
 
 def _product(**row: Any) -> Op:
-    return Op(family=Family.CONTRACTION, reach=_reach, check=_check, **row)
+    return Op(family=Family.CONTRACTION, reach=_reach, check=_check, interval=_interval, **row)
 
 
 OPS: dict[tuple[str, str], Op] = {

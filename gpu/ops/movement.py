@@ -15,7 +15,7 @@ from gpu.ops import placement
 from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, Tensor, distinct, every_row, rows_of
 from gpu.ops.indexing import accepts, blocks, elements_of, known_tensor, measured, output, source, unknown
 from gpu.ops.placement import FILL
-from gpu.rounding import Values, compare_equal
+from gpu.rounding import Interval, Values, compare_equal, determined
 from proof.graph import Node, Spec
 
 
@@ -46,7 +46,21 @@ def movement(row: Movement) -> Op:
 
         return measured(call, block, lambda position: output(call.site, position).width)
 
-    return Op(family=Family.MOVEMENT, reach=reach, check=check, exact=True, values=row.values, refuses=row.refuses)
+    def interval(call: Call) -> Interval:
+        rows = call.rows[0]
+        parts = [_moved(row, call, 0, rows[part]) for part in blocks(rows, output(call.site).width)]
+        spec = output(call.site)
+        return determined(np.concatenate(parts) if parts else np.zeros((0, spec.width), spec.dtype))
+
+    return Op(
+        family=Family.MOVEMENT,
+        reach=reach,
+        check=check,
+        interval=interval,
+        exact=True,
+        values=row.values,
+        refuses=row.refuses,
+    )
 
 
 def _reach(row: Movement, site: Site, position: int, rows: RowIds) -> dict[int, RowIds]:

@@ -30,15 +30,18 @@ from gpu.ops.indexing import (
 )
 from gpu.ops.lanes import Lanes
 from gpu.ops.reduction import one_axis, rank_one, spatial_axes
+from gpu.profiles import profile_of
 from gpu.rounding import (
     FORMATS,
     U32,
     Array,
+    Interval,
     Values,
     accumulation,
     compare,
     compare_equal,
     is_float,
+    round_to,
     second_rounding,
     unit,
 )
@@ -156,6 +159,7 @@ class Normalisation:
     refuses: Callable[[Node], str | None] = accepts
     infer: Infer | None = None
     exact: bool = False
+    replayed: bool = False  # whether a rounding profile says where its kernels round
     values: tuple[int, ...] = ()
 
 
@@ -183,10 +187,21 @@ def normalisation(row: Normalisation) -> Op:
 
         return measured(call, block, lambda position: lanes.cost if position else 1)
 
+    def interval(call: Call) -> Interval:
+        lanes = Lanes(row.shape(call.site), row.axes(call.site))
+        shape, dtype = (len(call.rows[0]), output(call.site).width), output(call.site).dtype
+        bounds = [np.empty(shape, dtype) for _ in range(3)]
+        for chosen, (n, _) in _spread(row, call, lanes, call.rows[0], dtype):
+            found = _scaled(row, call, n, call.rows[0][chosen], dtype)
+            for bound, values in zip(bounds, found, strict=True):
+                bound[chosen] = values
+        return Interval(*bounds)
+
     return Op(
         family=Family.ROWWISE,
         reach=reach,
         check=check,
+        interval=interval if row.replayed else None,
         exact=row.exact,
         values=row.values,
         refuses=row.refuses,
@@ -245,13 +260,24 @@ def _compare_normalised(
     u = max(FORMATS[claimed.dtype].u, unit(claimed.dtype)) if claimed.dtype == np.float64 else FORMATS[claimed.dtype].u
     if row.scale is not None and not absent(call.site, row.scale):
         scale = _parameter(row, call, row.scale, rows)
-        error = np.abs(scale) * (error + u * np.abs(z)) + u * np.abs(z * scale)
+        form = FORMATS[claimed.dtype]
+        inner = np.maximum(u * np.abs(z), 2.0 ** (form.e_min - form.p))  # below normal numbers the spacing stays
+        error = np.abs(scale) * (error + inner) + u * np.abs(z * scale)
         z = z * scale
     if row.bias is not None and not absent(call.site, row.bias):
         bias = _parameter(row, call, row.bias, rows)
         error = error + u * (np.abs(z) + np.abs(bias))
         z = z + bias
     return compare(claimed, z, np.nan_to_num(error, nan=0.0, posinf=0.0) + second_rounding(z, claimed.dtype))
+
+
+def _scaled(row: Normalisation, call: Call, n: Values, rows: RowIds, dtype: np.dtype) -> tuple[Values, Values, Values]:
+    """Low, nearest and high of kernels that round the normalised value to the dtype before they scale it."""
+    error = profile_of(call.policy).norm * U32 * np.abs(n)
+    around_n = [round_to(value, dtype).astype(np.float64) for value in (n - error, n, n + error)]
+    scale = 1.0 if row.scale is None or absent(call.site, row.scale) else _parameter(row, call, row.scale, rows)
+    ends = [round_to(scale * value, dtype) for value in around_n]
+    return np.minimum(ends[0], ends[2]), ends[1], np.maximum(ends[0], ends[2])
 
 
 def _parameter(row: Normalisation, call: Call, position: int, rows: RowIds) -> Array:
@@ -330,6 +356,7 @@ _RMS = Normalisation(
     stashed=True,
     statistics=(inverse_root_mean_square,),
     scale=1,
+    replayed=True,
     infer=_simplified_specs,
 )
 

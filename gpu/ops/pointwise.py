@@ -9,11 +9,13 @@ each row, in the unit of its bound) over 1.2 million inputs of 1e-6 to 100.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy.special import erf
 
+from gpu import rounding
 from gpu.ops import elementary
 from gpu.ops.call import Call, Family, Infer, Measure, Op, RowIds, Site, Tensor, distinct, rows_of
 from gpu.ops.conversion import (
@@ -37,15 +39,19 @@ from gpu.ops.indexing import (
     unknown,
     widen,
 )
+from gpu.profiles import Profile, profile_of
 from gpu.rounding import (
     FORMATS,
     U32,
     Array,
+    Interval,
     Values,
+    around,
     compare,
     compare_equal,
     compare_nearest,
     is_float,
+    round_to,
     second_rounding,
     unit,
 )
@@ -53,6 +59,8 @@ from proof.graph import Node, Spec
 
 Judge = Callable[..., float]  # (site, claimed, *inputs, None where absent) -> ratio; raises Rejected
 Value = Callable[..., Values]
+
+OVERFLOWING = -87.0  # from here down exp(-x) may leave float32
 
 
 def _own_shape(site: Site, position: int) -> Shape:
@@ -67,6 +75,7 @@ class Pointwise:
     """
 
     judge: Judge
+    bounds: Callable[..., Interval] | None = None  # (profile, site, dtype, *inputs) where a profile determines more
     reads: int | None = None
     exact: bool = False
     view: Callable[[Site, int], Shape] = _own_shape
@@ -93,10 +102,23 @@ def pointwise(row: Pointwise) -> Op:
 
         return measured(call, block, lambda position: output(site).width)
 
+    def interval(call: Call) -> Interval:
+        assert row.bounds is not None
+        site, rows = call.site, call.rows[0]
+        operands = [
+            None if tensor is None else _beside(row, site, i, tensor, rows)
+            for i, tensor in enumerate(call.inputs[: row.reads])
+        ]
+        with np.errstate(all="ignore"):
+            found = row.bounds(profile_of(call.policy), site, output(site).dtype, *operands)
+        shape = len(rows), output(site).width
+        return Interval(*(np.broadcast_to(bound, shape) for bound in (found.low, found.nearest, found.high)))
+
     return Op(
         family=Family.POINTWISE,
         reach=reach,
         check=check,
+        interval=interval if row.bounds else None,
         exact=row.exact,
         values=row.values,
         refuses=row.refuses,
@@ -153,7 +175,11 @@ def determined(value: Value) -> Op:
         z = np.broadcast_to(value(*(widen(x) for x in inputs)), claimed.shape)
         return compare_nearest(claimed, z) if is_float(claimed.dtype) else compare_equal(claimed, z)
 
-    return pointwise(Pointwise(judge=judge, exact=True))
+    def bounds(profile: Profile, site: Site, dtype: np.dtype, *inputs: Values) -> Interval:
+        z = value(*(widen(x) for x in inputs))
+        return rounding.determined(round_to(z, dtype) if is_float(dtype) else z.astype(dtype))
+
+    return pointwise(Pointwise(judge=judge, bounds=bounds, exact=True))
 
 
 def rounded(
@@ -162,9 +188,13 @@ def rounded(
     ulps: float = 0.0,
     slack: Callable[..., Array] | None = None,
     attributes: Mapping[str, Any] | None = None,
+    tight: Callable[..., Array] | None = None,
     **rest: Any,
 ) -> Op:
-    """An op that rounds: floats within half an ulp and slack(u, z, *inputs, **attributes), integers exactly."""
+    """An op that rounds: floats within half an ulp and slack(u, z, *inputs, **attributes), integers exactly.
+
+    `tight`: slack under a profile, which is its first argument.
+    """
 
     def judge(site: Site, claimed: Values, *inputs: Values | None) -> float:
         chosen = _chosen(site, attributes or {})
@@ -176,7 +206,17 @@ def rounded(
         room = slack(u, z, *operands, **chosen) if slack else ulps * u * np.abs(z)
         return compare(claimed, z, np.nan_to_num(room, nan=0.0, posinf=0.0) + second_rounding(z, claimed.dtype))
 
-    return pointwise(Pointwise(judge=judge, **rest))
+    def bounds(profile: Profile, site: Site, dtype: np.dtype, *inputs: Values) -> Interval:
+        chosen = _chosen(site, attributes or {})
+        operands = [widen(x) for x in inputs]
+        z = value(*operands, **chosen)
+        if not is_float(dtype):
+            return rounding.determined(z.astype(dtype))
+        u, bound = unit(dtype), partial(tight, profile) if tight else slack
+        room = bound(u, z, *operands, **chosen) if bound else ulps * u * np.abs(z)
+        return around(z, room + second_rounding(z, dtype), dtype)
+
+    return pointwise(Pointwise(judge=judge, bounds=bounds, **rest))
 
 
 def representable(value: Value, *, attributes: Mapping[str, Any] | None = None, **rest: Any) -> Op:
@@ -193,6 +233,10 @@ def representable(value: Value, *, attributes: Mapping[str, Any] | None = None, 
 
 def _compare_chosen(site: Site, claimed: Values, condition: Values, x: Values, y: Values) -> float:
     return compare_equal(claimed, np.broadcast_to(np.where(condition, x, y), claimed.shape))
+
+
+def _converted(profile: Profile, site: Site, dtype: np.dtype, x: Values) -> Interval:
+    return rounding.determined(round_to(x.astype(np.float64), dtype) if is_float(dtype) else x.astype(dtype))
 
 
 def _beside_one(factor: float) -> Callable[..., Array]:
@@ -214,6 +258,15 @@ def _tanh_slack(u: float, z: Array, *inputs: Array, **attributes: Any) -> Array:
 
 def _gelu_slack(u: float, z: Array, x: Array, *, approximate: str) -> Array:
     return _tanh_slack(u, z, x) if approximate == "tanh" else _beside_input(16)(u, z, x)
+
+
+def _tight_swish(profile: Profile, u: float, z: Array, x: Array, *, alpha: float) -> Array:
+    """Beside the result, or all of it from where exp(-alpha x) may overflow in fp32 and x / (1 + exp) be zero."""
+    return np.where(alpha * x < OVERFLOWING, np.abs(z), profile.activation * u * np.abs(z))
+
+
+def _tight_angle(profile: Profile, u: float, z: Array, x: Array) -> Array:
+    return profile.trigonometric * u * np.abs(z)
 
 
 def _sum_slack(u: float, z: Array, *inputs: Array) -> Array:
@@ -289,8 +342,8 @@ _TABLE: dict[str, Op] = {
     "Sigmoid": rounded(elementary.sigmoid, slack=_beside_one(16)),  # 2.3
     "Softplus": rounded(elementary.softplus, slack=_beside_one(8)),  # 1.1
     "Softsign": rounded(elementary.softsign, ulps=8),  # 1.5
-    "Sin": rounded(np.sin, slack=_beside_one(4)),  # 0.5
-    "Cos": rounded(np.cos, slack=_beside_one(4)),  # 0.5
+    "Sin": rounded(np.sin, slack=_beside_one(4), tight=_tight_angle),  # 0.5
+    "Cos": rounded(np.cos, slack=_beside_one(4), tight=_tight_angle),  # 0.5
     "Tan": rounded(np.tan, slack=_tan_slack),  # 0.2
     "Asin": rounded(np.arcsin, ulps=32),  # 7
     "Acos": rounded(np.arccos, ulps=32),  # 4
@@ -301,7 +354,7 @@ _TABLE: dict[str, Op] = {
     "Acosh": rounded(np.arccosh, ulps=8),  # 1.5
     "Atanh": rounded(np.arctanh, ulps=8),  # 1.3
     "Gelu": rounded(elementary.gelu, slack=_gelu_slack, attributes={"approximate": "none"}),  # 2.2
-    "Swish": rounded(elementary.swish, slack=_beside_input(16), attributes={"alpha": 1.0}),  # 2.3
+    "Swish": rounded(elementary.swish, slack=_beside_input(16), attributes={"alpha": 1.0}, tight=_tight_swish),  # 2.3
     "Mish": rounded(elementary.mish, slack=_beside_input(16)),  # 3.9
     "HardSwish": rounded(elementary.hard_swish, slack=_beside_input(4)),  # 0.7
     "HardSigmoid": rounded(
@@ -349,7 +402,7 @@ _TABLE: dict[str, Op] = {
     "BitwiseXor": representable(np.bitwise_xor),
     "BitShift": representable(elementary.shift, attributes={"direction": "LEFT"}),
     "Where": pointwise(Pointwise(judge=_compare_chosen, exact=True)),
-    "Cast": pointwise(Pointwise(judge=compare_cast, exact=True)),
+    "Cast": pointwise(Pointwise(judge=compare_cast, bounds=_converted, exact=True)),
     "CastLike": pointwise(Pointwise(judge=compare_cast, exact=True, reads=1)),
     "QuantizeLinear": pointwise(_QUANTIZE),
     "DequantizeLinear": pointwise(_DEQUANTIZE),

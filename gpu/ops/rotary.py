@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, distinct, every_row
-from gpu.rounding import FORMATS, U32, compare, compare_equal
+from gpu.rounding import FORMATS, U32, Array, Interval, compare, compare_equal, determined, round_to
 from proof.errors import Reason, Rejected
 
 Ints = npt.NDArray[np.int64]
@@ -42,23 +42,9 @@ def _reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
 
 
 def _check(call: Call) -> Measure:
-    x, cos, sin = call.inputs[:3]
-    assert x is not None
-    assert cos is not None
-    assert sin is not None
-    rows, claimed = call.rows[0], call.claimed[0]
-    numbers = _places(call.site, rows)
-    if _given_positions(call.site):
-        positions = call.inputs[POSITIONS]
-        assert positions is not None
-        numbers = positions.elements(numbers).astype(np.int64)
-        numbers = np.where(numbers < 0, numbers + cos.spec.rows, numbers)
-        if ((numbers < 0) | (numbers >= cos.spec.rows)).any():
-            raise Rejected(Reason.REEXECUTION, f"a position lies outside a table of {cos.spec.rows}")
-    heads = int(call.site.node.attributes.get("num_heads", 0)) if len(x.spec.shape) == 3 else 1
-    given, y = (array.reshape(len(rows), heads, -1) for array in (x.take(rows), claimed))
-    c, s = (table.take(numbers)[:, None, :].astype(np.float64) for table in (cos, sin))
-    turned = 2 * c.shape[-1]
+    claimed = call.claimed[0]
+    given, c, s, turned = _operands(call)
+    y = claimed.reshape(given.shape)
     compare_equal(y[..., turned:], given[..., turned:])
     first, second = _pairs(call.site, given[..., :turned].astype(np.float64))
     real, imaginary = _pairs(call.site, y[..., :turned])
@@ -70,6 +56,38 @@ def _check(call: Call) -> Measure:
     return Measure(claimed.size, worst)
 
 
+def _interval(call: Call) -> Interval:
+    """Both products rounded, then their sum, as a kernel does that multiplies whole tensors."""
+    given, c, s, turned = _operands(call)
+    dtype, result = given.dtype, given.copy()
+    first, second = _pairs(call.site, given[..., :turned].astype(np.float64))
+    real, imaginary = _pairs(call.site, result[..., :turned])
+    for target, left, right in ((real, c * first, -s * second), (imaginary, c * second, s * first)):
+        target[...] = round_to(round_to(left, dtype).astype(np.float64) + round_to(right, dtype), dtype)
+    return determined(result.reshape(len(call.rows[0]), -1))
+
+
+def _operands(call: Call) -> tuple[npt.NDArray[Any], Array, Array, int]:
+    """x (rows, heads, width), cosines and sines (rows, 1, half), and how many elements of a head are turned."""
+    x, cos, sin = call.inputs[:3]
+    assert x is not None
+    assert cos is not None
+    assert sin is not None
+    rows = call.rows[0]
+    numbers = _places(call.site, rows)
+    if _given_positions(call.site):
+        positions = call.inputs[POSITIONS]
+        assert positions is not None
+        numbers = positions.elements(numbers).astype(np.int64)
+        numbers = np.where(numbers < 0, numbers + cos.spec.rows, numbers)
+        if ((numbers < 0) | (numbers >= cos.spec.rows)).any():
+            raise Rejected(Reason.REEXECUTION, f"a position lies outside a table of {cos.spec.rows}")
+    heads = int(call.site.node.attributes.get("num_heads", 0)) if len(x.spec.shape) == 3 else 1
+    given = x.take(rows).reshape(len(rows), heads, x.spec.width // heads)
+    c, s = (table.take(numbers)[:, None, :].astype(np.float64) for table in (cos, sin))
+    return given, c, s, 2 * c.shape[-1]
+
+
 def _pairs(site: Site, turned: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The two elements of every pair: neighbours where interleaved, else of the two halves."""
     if site.node.attributes.get("interleaved", 0):
@@ -79,5 +97,5 @@ def _pairs(site: Site, turned: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.
 
 
 OPS: dict[tuple[str, str], Op] = {
-    ("", "RotaryEmbedding"): Op(family=Family.ATTENTION, reach=_reach, check=_check),
+    ("", "RotaryEmbedding"): Op(family=Family.ATTENTION, reach=_reach, check=_check, interval=_interval),
 }

@@ -128,8 +128,20 @@ def check(op: Op, run: Run, rows: Sequence[npt.NDArray[np.int64]], claimed: Sequ
             claimed=tuple(claimed or claims(run, rows)),
             policy=policy("standard"),
             draw=Draw(bytes(32), "node/0"),
+            outputs=returned(run, rows, claimed or claims(run, rows)),
         )
     )
+
+
+def returned(run: Run, rows: Sequence[npt.NDArray[np.int64]], claimed: Sequence[Array]) -> tuple[Tensor, ...]:
+    """Outputs opened whole, the claimed rows in their places."""
+    tensors = []
+    for value, taken, claim in zip(run.outputs, rows, claimed, strict=True):
+        spec = spec_of(value)
+        data = value.reshape(spec.rows, spec.width).copy()
+        data[taken] = claim
+        tensors.append(Tensor(spec, data))
+    return tuple(tensors)
 
 
 def claims(run: Run, rows: Sequence[npt.NDArray[np.int64]]) -> list[Array]:
