@@ -12,8 +12,9 @@ from rich.console import Console
 from proof.errors import Conflict, Malformed, Rejected, Unavailable
 
 FLOORS = {
-    "prover.cli": ("model", "run", "commit", "open", "take", "demo"),
+    "prover.cli": ("model", "run", "commit", "open", "take", "demo", "demo-llm"),
     "verifier.offline": ("challenge", "verify"),
+    "verifier.key_cli": ("key",),
     "verifier.cli": ("work",),
     "api.cli": ("serve",),
 }

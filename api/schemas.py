@@ -1,8 +1,11 @@
 """Bodies of requests and answers, as OpenAPI shows them; proof/messages.py decodes the messages of the protocol."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from proof.policy import POLICIES
 
 HEX64 = "^[0-9a-f]{64}$"
 ADDRESS_PATTERN = "^0x[0-9a-f]{40}$"
@@ -13,7 +16,7 @@ Bytes32 = Annotated[str, Field(pattern="^0x[0-9a-f]{64}$", examples=["0x" + "5f"
 Dtype = Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"]
 Decimal = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,77})$", examples=["1000000000000000000"])]
 Shape = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=16, examples=[[1, 4]])]
-PolicyName = Literal["spot", "standard", "full"]
+PolicyName = Annotated[str, Field(pattern=f"^({'|'.join(map(re.escape, POLICIES))})$", examples=["standard"])]
 StageName = Literal["posted", "challenged", "checking", "accepted", "rejected", "attested", "expired", "stalled"]
 
 
@@ -116,8 +119,13 @@ class Verdict(Body):
     nodes_total: int
     nodes_checked: int
     rows: Annotated[int | None, Field(description="Opened of each tensor; null: all.")]
+    heads: Annotated[int | None, Field(description="Of K and V, checked in each attention node; null: all.")]
     policy: PolicyName
     entries: Annotated[dict[str, int], Field(description="Op family -> entries of node outputs that were checked.")]
+    determined: Annotated[dict[str, int], Field(description="Those that a rounding profile left no choice.")]
+    largest: Annotated[dict[str, float], Field(description="Op family -> largest |claimed - exact| / radius.")]
+    ambiguous: Annotated[int, Field(description="Tokens of an answer that another one could replace.")]
+    keyed: Annotated[Digest | None, Field(description="The secret key that stood for the weights, if one did.")]
     misses: Annotated[dict[str, float], Field(description="Fraction of wrong rows -> probability that none is opened.")]
     task: Digest | None
     commitment: Digest
@@ -140,6 +148,13 @@ class Attestation(Body):
     signature: Annotated[str, Field(pattern="^0x[0-9a-f]{130}$", examples=["0x" + "1b" * 65])]
 
 
+class Weights(Body):
+    """A file of weights: as external data of a model its location is its digest."""
+
+    weights: Digest
+    file_bytes: int
+
+
 class ModelState(Body):
     model_config = ConfigDict(extra="allow")
 
@@ -148,6 +163,7 @@ class ModelState(Body):
     folded: int
     families: Annotated[dict[str, int], Field(examples=[{"contraction": 2, "pointwise": 1}])]
     inputs: list[dict[str, Any]]
+    answers: Annotated[list[dict[str, Any]], Field(description="Graph inputs that the worker gives, not the task.")]
     outputs: list[str]
     verifiable: bool
     refusal: Annotated[str | None, Field(description="Why the model cannot be verified; null here.")]

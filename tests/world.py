@@ -47,7 +47,9 @@ class World:
     def task(self) -> Task:
         return Task(
             model=self.model.id,
-            inputs=tuple(claim(i.name, self.inputs[i.name]) for i in self.model.graph.inputs),
+            inputs=tuple(
+                claim(i.name, self.inputs[i.name]) for i in self.model.graph.inputs if i.name not in self.model.answers
+            ),
             policy=self.policy,
             reward=REWARD,
             payer="0x" + "9a" * 20,

@@ -5,6 +5,7 @@ Directories are 0700 and files 0600.
 """
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from blake3 import blake3
 
 from proof.errors import Malformed, Unavailable
+
+ADDRESS = re.compile("[0-9a-f]{64}")
 
 
 class TooLarge(Malformed):
@@ -88,6 +91,11 @@ class Blobs:
         if not found.is_file():
             raise Unavailable(f"blob {address} is missing")
         return found
+
+    def find(self, address: str) -> Path | None:
+        """The path of an address as somebody wrote it; None for what is no address or not here."""
+        found = self._path(address) if ADDRESS.fullmatch(address) else None
+        return found if found and found.is_file() else None
 
     def check(self, address: str) -> Path:
         """The path, once its bytes are those of the address: a rotten disk must not speak against a worker."""

@@ -1,18 +1,21 @@
 """What `verify` checks, one function a step. Each returns nothing that could be forgotten: it raises Rejected."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from gpu import hashing
-from gpu.ops.call import Call, Tensor
+from gpu.boundary import committed
+from gpu.keys import Key
+from gpu.ops.call import Call, Measure, Op, Tensor
 from gpu.plan import Model, Plan, registry_row
 from gpu.reach import Selection, own_fault
+from gpu.rounding import compare_closing, compare_interval
 from proof.attestation import verify_commitment_signature
 from proof.bundle import Proof
 from proof.encoding import MAX_TEXT_BYTES
-from proof.errors import Malformed, Reason, Rejected
+from proof.errors import Malformed, Reason, Rejected, Unavailable
 from proof.graph import Node, dtype_name
 from proof.messages import Challenge, Commitment, Task
 from proof.policy import Policy
@@ -27,6 +30,15 @@ class Coverage:
 
     nodes: int = 0
     entries: Counter[str] = field(default_factory=Counter)
+    determined: Counter[str] = field(default_factory=Counter)
+    largest: dict[str, float] = field(default_factory=dict)
+    ambiguous: int = 0
+
+    def add(self, family: str, measure: Measure) -> None:
+        self.entries[family] += measure.entries
+        self.determined[family] += measure.determined
+        self.largest[family] = max(self.largest.get(family, 0.0), measure.ratio)
+        self.ambiguous += measure.ambiguous
 
 
 def binding(proof: Proof, model: Model, task: Task | None, recorded: Recorded | None) -> None:
@@ -60,18 +72,19 @@ def _show(value: bytes | str | None) -> str:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
-def shapes(commitment: Commitment, model: Model) -> Plan:
-    """The plan that the model gives for the committed input shapes; every claim must equal it."""
+def shapes(commitment: Commitment, model: Model, rules: Policy) -> Plan:
+    """The plan that the model gives for the committed input shapes; every claim of the policy must equal it."""
     claims = {claim.name: claim for claim in commitment.tensors}
     missing = [i.name for i in model.graph.inputs if i.name not in claims]
     if missing:
         raise Rejected(Reason.SHAPE, f"no input {missing[0]!r} is committed")
     try:
         plan = model.plan({i.name: claims[i.name].shape for i in model.graph.inputs})
+        names = committed(plan, rules)
     except Malformed as error:
         raise Rejected(Reason.SHAPE, str(error)) from error
     found = [(claim.name, claim.dtype, claim.shape) for claim in commitment.tensors]
-    wanted = [(name, dtype_name(plan.specs[name].dtype), plan.specs[name].shape) for name in plan.tensors]
+    wanted = [(name, dtype_name(plan.specs[name].dtype), plan.specs[name].shape) for name in names]
     if found != wanted:
         first = next((pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]), None)
         detail = f"{first[0]} where the graph gives {first[1]}" if first else f"{len(found)} tensors, not {len(wanted)}"
@@ -81,7 +94,7 @@ def shapes(commitment: Commitment, model: Model) -> Plan:
 
 def held(proof: Proof, plan: Plan) -> dict[str, int]:
     """How many rows of each tensor the proof holds: of every one that can be selected, in its dtype and width."""
-    names = {name for name in plan.tensors if name not in plan.derived}
+    names = {claim.name for claim in proof.commitment.tensors} - plan.derived
     if proof.openings.keys() != names:
         odd = sorted(proof.openings.keys() ^ names)
         raise Rejected(Reason.SELECTION, f"opened other tensors than the challenge selects: {odd[:3]}")
@@ -121,21 +134,37 @@ def ends(proof: Proof, plan: Plan, task: Task | None) -> None:
     for wanted in task.inputs if task else ():
         if claims.get(wanted.name) != wanted:
             raise Rejected(Reason.INPUT, f"input {wanted.name!r} is not the task's")
-    if task and len(task.inputs) != len(plan.inputs):
-        raise Rejected(Reason.INPUT, f"the task gives {len(task.inputs)} inputs, the model takes {len(plan.inputs)}")
+    given = [name for name in plan.inputs if name not in plan.answers]
+    if task and [wanted.name for wanted in task.inputs] != given:
+        raise Rejected(Reason.INPUT, f"the task gives the inputs {[i.name for i in task.inputs]}, not {given}")
     for node in plan.nodes:
         for name in node.outputs:
-            if name in plan.derived and hashing.root(hashing.tensor_levels(plan.known[name])) != claims[name].root:
+            if (
+                name in claims.keys() & plan.derived
+                and hashing.root(hashing.tensor_levels(plan.known[name])) != claims[name].root
+            ):
                 raise Rejected(Reason.REEXECUTION, f"{name!r} is not what the shapes give", node.name)
 
 
-def nodes(proof: Proof, plan: Plan, chosen: Selection, rules: Policy, seed: bytes, coverage: Coverage) -> None:
+def nodes(
+    proof: Proof,
+    plan: Plan,
+    chosen: Selection,
+    rules: Policy,
+    seed: bytes,
+    coverage: Coverage,
+    key: Key | None = None,
+) -> None:
     """Every node, by the check of its registry row, from the committed bits it consumed to those it produced."""
     tensors = _tensors(proof, plan, chosen)
     for node in plan.nodes:
         if not all(name in plan.derived for name in node.outputs if name):
             try:
-                _node(node, plan, chosen, tensors, rules, seed, coverage)
+                if chosen.replayed.keys() & set(node.outputs):
+                    _replay(node, plan, chosen, tensors, rules)
+                else:
+                    measure = _node(node, plan, chosen, tensors, rules, seed, key)
+                    coverage.add(str(registry_row(node).family), measure)
             except Rejected as rejection:
                 raise Rejected(rejection.reason, f"{node}: {rejection.detail}", node.name) from rejection
         coverage.nodes += 1
@@ -156,8 +185,8 @@ def _node(
     tensors: dict[str, Tensor],
     rules: Policy,
     seed: bytes,
-    coverage: Coverage,
-) -> None:
+    key: Key | None,
+) -> Measure:
     none = np.zeros(0, np.int64)
     rows = tuple(chosen.checked.get(name, none) for name in node.outputs)
     claimed = tuple(
@@ -172,10 +201,50 @@ def _node(
         claimed=claimed,
         policy=rules,
         draw=Draw(seed, f"node/{node.index}"),
+        outputs=tuple(tensors[name] if name else None for name in node.outputs),
     )
     with own_fault(node):
-        measure = op.check(call)
+        closing = any(name in chosen.replayed for name in node.inputs)
+        if key and node.index in key.roles:
+            measure = key.check(call)
+        else:
+            measure = _close(op, call) if closing else _judge(op, call)
     expected = sum(values.size for values in claimed)
     if measure.entries != expected:
         raise RuntimeError(f"{node}: the check covered {measure.entries} of {expected} entries")
-    coverage.entries[str(op.family)] += measure.entries
+    return measure
+
+
+def _judge(op: Op, call: Call) -> Measure:
+    """By the interval of the policy's rounding profile where the op has one, else by what any honest kernel gives."""
+    interval = op.interval(call) if op.interval is not None and call.policy.profile is not None else None
+    if interval is None:
+        return op.check(call)
+    return Measure(call.claimed[0].size, determined=compare_interval(call.claimed[0], interval))
+
+
+def _close(op: Op, call: Call) -> Measure:
+    """The end of a segment that was recomputed, against what the worker committed to."""
+    interval = op.interval(replace(call, claimed=())) if op.interval is not None else None
+    if interval is None:
+        raise Unavailable("it ends a segment and cannot be recomputed")
+    return Measure(call.claimed[0].size, compare_closing(call.claimed[0], interval.nearest))
+
+
+def _replay(node: Node, plan: Plan, chosen: Selection, tensors: dict[str, Tensor], rules: Policy) -> None:
+    """Recompute the rows that a later check needs of a tensor nobody committed to."""
+    (name,) = node.outputs
+    spec, rows, op = plan.specs[name], chosen.replayed[name], registry_row(node)
+    call = Call(
+        site=plan.sites[node.index],
+        inputs=tuple(tensors[source] if source else None for source in node.inputs),
+        rows=(rows,),
+        claimed=(),
+        policy=rules,
+        draw=Draw(bytes(32), ""),
+    )
+    with own_fault(node):
+        interval = op.interval(call) if op.interval is not None else None
+        if interval is None:
+            raise Unavailable(f"{node} cannot be recomputed")
+        tensors[name] = Tensor(spec, interval.nearest, rows)

@@ -1,6 +1,7 @@
 """Models that stay opened between tasks, the least recently used closed first."""
 
 from collections import OrderedDict
+from pathlib import Path
 from threading import Lock
 
 from gpu.plan import Model, Plan, Shapes
@@ -16,6 +17,13 @@ class Library:
     def __init__(self, store: Store, blobs: Blobs) -> None:
         self._store, self._blobs, self._lock = store, blobs, Lock()
         self._open: OrderedDict[bytes, tuple[Model, int]] = OrderedDict()
+
+    def read(self, path: Path) -> Model:
+        """A model whose external data lies in blobs: its locations are addresses. Raises Malformed.
+
+        From bytes, not from a path: a model that points to files beside it must not find other blobs.
+        """
+        return Model.open(path.read_bytes(), self._blobs.find)
 
     def put(self, model: Model, size: int) -> None:
         with self._lock:
@@ -40,7 +48,7 @@ class Library:
         if row is None:
             raise Unavailable(f"model {model.hex()} is not registered here")
         try:
-            opened = Model.open(self._blobs.check(row.blob).read_bytes())
+            opened = self.read(self._blobs.check(row.blob))
         except Malformed as error:
             raise Unavailable(f"model {model.hex()} does not open: {error}") from error
         if opened.id != model:

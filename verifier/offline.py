@@ -1,6 +1,7 @@
 """Commands of an auditor, who needs files and nothing else: challenge, verify."""
 
 import secrets
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from proof.encoding import octets, parse
 from proof.errors import Malformed
 from proof.messages import MAX_MESSAGE_BYTES, Challenge, Commitment, Verdict
 from proof.policy import policy
+from verifier import keys
 from verifier.verify import verify
 
 cli = typer.Typer()
@@ -47,18 +49,26 @@ def challenge(
 
 @cli.command("verify")
 def verify_(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", exists=True, dir_okay=False)],
-    proof: Annotated[Path, typer.Argument(metavar="PROOF.safetensors", exists=True, dir_okay=False)],
+    files: Annotated[list[Path], typer.Argument(metavar="[MODEL.onnx] PROOF.safetensors", exists=True, dir_okay=False)],
+    key: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A secret key, in place of the model.")
+    ] = None,
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Check a proof or a bundle. Exit 0 accepted, 1 rejected, 2 malformed, 3 could not tell."""
+    """Check a proof or a bundle. Exit 0 accepted, 1 rejected, 2 malformed, 3 could not tell, or the key is retired."""
     drawn = _seed(seed)
+    if len(files) != (1 if key else 2):
+        raise Malformed("verify takes MODEL.onnx and PROOF.safetensors, or --key KEY.safetensors and the proof alone")
     with err.status("opening the model"):
-        opened = Model.open(model)
+        model = None if key else Model.open(files[0])
     with err.status("checking the proof"):
-        given = bundle.read_proof(proof)
-        verdict = verify(given, opened, drawn, task=given.task)
+        given = bundle.read_proof(files[-1])
+        if key:
+            verdict = keys.judge(key, given, drawn, time.time())
+        else:
+            assert model is not None
+            verdict = verify(given, model, drawn, task=given.task)
     if as_json:
         out.print_json(data=verdict.to_json())
     else:
@@ -85,5 +95,7 @@ def _table(verdict: Verdict) -> Table:
     for fraction, chance in verdict.misses.items():
         table.add_row(f"misses a cheat on {float(fraction):.0%} of the rows", f"{chance:.2g}")
     table.add_row("task", verdict.task.hex() if verdict.task else "none: inputs are bound by the commitment alone")
+    if verdict.keyed:
+        table.add_row("key", verdict.keyed.hex())
     table.add_row("check seed", verdict.check_seed.hex())
     return table
