@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from api import attestations, health, models, problems, schemas, tasks
+from api import attestations, health, models, problems, schemas, tasks, weights
 from api.door import Door, Here
 from api.limits import BodyLimit
 
@@ -22,7 +22,7 @@ def create_app(door: Door) -> FastAPI:
     app.state.door = door
     app.add_middleware(BodyLimit)
     problems.install(app)
-    for resource in (models, tasks, attestations, health):
+    for resource in (weights, models, tasks, attestations, health):
         app.include_router(resource.router)
 
     @app.get("/", response_model=schemas.Index, tags=["health"])

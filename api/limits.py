@@ -8,6 +8,7 @@ from proof.graph import MAX_MODEL_BYTES
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_PROOF_BYTES = 64 * 2**30
+MAX_WEIGHTS_BYTES = 64 * 2**30  # of one file; a larger model has several
 MAX_LISTED = 500  # tasks in one answer
 
 
@@ -16,6 +17,8 @@ def limit_of(method: str, path: str) -> int:
         return MAX_MODEL_BYTES
     if method == "PUT" and path.endswith("/proof"):
         return MAX_PROOF_BYTES
+    if method == "PUT" and path.startswith("/v1/weights/"):
+        return MAX_WEIGHTS_BYTES
     return MAX_JSON_BYTES
 
 

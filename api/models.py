@@ -10,7 +10,6 @@ from api import schemas
 from api.door import Door, Here, receive
 from api.limits import limit_of
 from api.problems import Code, Problem
-from gpu.plan import Model
 from proof.errors import Malformed
 from verifier.blobs import Upload
 from verifier.tables import ModelRow
@@ -23,7 +22,9 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
     response_model=schemas.ModelState,
     status_code=201,
     responses={200: {"model": schemas.ModelState, "description": "It was registered before"}},
-    openapi_extra=schemas.upload("The ONNX file, its weights inside."),
+    openapi_extra=schemas.upload(
+        "The ONNX file, its weights inside, or in uploaded files: then a location is the digest of one."
+    ),
 )
 async def register(request: Request, door: Here) -> JSONResponse:
     """Register a model. Its id binds graph and weights; the same model again answers 200 with the same id."""
@@ -44,8 +45,7 @@ def show(model: Annotated[str, Path(pattern=schemas.HEX64)], door: Here) -> JSON
 def _register(door: Door, upload: Upload) -> JSONResponse:
     address = upload.close()
     try:
-        # from bytes, not from a path: a model that points to files beside it must not find other blobs
-        model = Model.open(upload.path.read_bytes())
+        model = door.library.read(upload.path)
     except Malformed as error:
         raise Problem(Code.MODEL_UNVERIFIABLE, str(error)) from error
     known = door.store.model(model.id.hex())

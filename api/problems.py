@@ -31,6 +31,7 @@ class Code(StrEnum):
     BAD_REQUEST = "bad_request"
     ROUTE_UNKNOWN = "route.unknown"
     METHOD_REFUSED = "method.refused"
+    WEIGHTS_UNKNOWN = "weights.unknown"
     MODEL_UNKNOWN = "model.unknown"
     MODEL_UNREGISTERED = "model.unregistered"
     MODEL_UNVERIFIABLE = "model.unverifiable"
@@ -62,6 +63,7 @@ KINDS = {
     Code.BAD_REQUEST: Kind(400, "The request is not well-formed HTTP or JSON"),
     Code.ROUTE_UNKNOWN: Kind(404, "There is no such path; see /openapi.json"),
     Code.METHOD_REFUSED: Kind(405, "The path does not take this method"),
+    Code.WEIGHTS_UNKNOWN: Kind(404, "No file of weights with this digest was uploaded"),
     Code.MODEL_UNKNOWN: Kind(404, "No model of this id is registered"),
     Code.MODEL_UNREGISTERED: Kind(422, "Register the task's model first: POST /v1/models"),
     Code.MODEL_UNVERIFIABLE: Kind(422, "The model cannot be checked at every node; the detail names the op and node"),

@@ -15,11 +15,13 @@ from api.door import BoundedRoute, Door, Here, TaskId, receive
 from api.limits import MAX_LISTED, limit_of
 from api.problems import Code, Problem
 from gpu import hashing
+from gpu.boundary import committed
 from proof import bundle, encoding, messages
 from proof.attestation import recover_upload, verify_commitment_signature
 from proof.errors import Conflict, Malformed, Reason, Rejected
 from proof.graph import DTYPES, Array
 from proof.messages import SIGNATURE_BYTES, TensorClaim, Verdict
+from proof.policy import policy
 from verifier.blobs import Upload
 from verifier.lifecycle import Stage
 from verifier.store import Summary
@@ -45,7 +47,7 @@ def post(body: schemas.NewTask, door: Here) -> JSONResponse:
     known = door.store.task(task.id().hex())
     if known:
         return JSONResponse(_state(known))
-    _fits(door, task, arrays, row.report["inputs"])
+    _fits(door, task, arrays, row.report)
     now = door.clock()
     if task.deadline < now:
         raise Problem(Code.TASK_DEADLINE, f"the deadline {task.deadline} is before {int(now)}")
@@ -139,8 +141,8 @@ def outputs(task: TaskId, door: Here) -> FileResponse:
         raise Problem(Code.OUTPUTS_REFUSED, f"task {task} was rejected: {judged.reason}")
     proof = bundle.read_proof(_proof_path(door, task))
     claims = {claim.name: claim for claim in proof.commitment.tensors}
-    asked = messages.Task.from_json(door.task(task).task.document)
-    plan = door.library.plan(asked.model, {claim.name: claim.shape for claim in asked.inputs})
+    model = proof.commitment.model
+    plan = door.library.plan(model, {i.name: claims[i.name].shape for i in door.library.model(model).graph.inputs})
     arrays = {
         name: proof.openings[name].rows.reshape(claims[name].shape) if name in proof.openings else plan.known[name]
         for name in plan.outputs
@@ -192,13 +194,18 @@ def _message(body: schemas.NewTask, arrays: Mapping[str, Array]) -> dict[str, An
     return {**body.model_dump(exclude={"inputs"}), "inputs": claims}
 
 
-def _fits(door: Door, task: messages.Task, arrays: Mapping[str, Array], taken: list[dict[str, Any]]) -> None:
-    """Raises Problem when the inputs' dtypes or shapes are not the model's: nobody could do the task."""
-    for claim, entry in zip(task.inputs, taken, strict=True):
+def _fits(door: Door, task: messages.Task, arrays: Mapping[str, Array], report: Mapping[str, Any]) -> None:
+    """Raises Problem when the inputs' dtypes or shapes, or the policy, are not for the model: nobody could do the task.
+
+    What the worker gives is taken at its shortest.
+    """
+    for claim, entry in zip(task.inputs, report["inputs"], strict=True):
         if claim.dtype != entry["dtype"]:
             raise Problem(Code.TASK_INPUTS, f"input {claim.name!r} is {claim.dtype}; the model takes {entry['dtype']}")
     try:
-        door.library.plan(task.model, {name: array.shape for name, array in arrays.items()})
+        shortest = {entry["name"]: (1,) * len(entry["shape"]) for entry in report["answers"]}
+        plan = door.library.plan(task.model, {name: array.shape for name, array in arrays.items()} | shortest)
+        committed(plan, policy(task.policy))
     except Malformed as error:
         raise Problem(Code.TASK_INPUTS, str(error)) from error
 

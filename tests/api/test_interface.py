@@ -9,6 +9,8 @@ from api.problems import KINDS, Code
 
 README = Path(__file__).parents[2] / "api" / "README.md"
 ROUTES = {
+    ("put", "/v1/weights/{digest}"),
+    ("get", "/v1/weights/{digest}"),
     ("post", "/v1/models"),
     ("get", "/v1/models/{model}"),
     ("post", "/v1/tasks"),
