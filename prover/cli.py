@@ -19,10 +19,11 @@ from proof.encoding import octets, parse
 from proof.errors import Malformed
 from proof.graph import read_graph
 from proof.messages import MAX_MESSAGE_BYTES, Challenge, Commitment, Task
+from proof.policy import policy
 from prover import prove
 
 cli = typer.Typer()
-model_cli = typer.Typer(help="Look at a model.", no_args_is_help=True)
+model_cli = typer.Typer(help="Look at a model, or make one of a decoder's folder.", no_args_is_help=True)
 cli.add_typer(model_cli, name="model")
 
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL.onnx", exists=True, dir_okay=False)]
@@ -60,6 +61,30 @@ def _show(report: Mapping[str, Any]) -> None:
     out.print(report["refusal"] or "every node can be verified", markup=False, highlight=False)
 
 
+@model_cli.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", exists=True, file_okay=False)],
+    to: Annotated[Path | None, typer.Option("--out", help="In DIR, beside the weights.", metavar="MODEL.onnx")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the graph of a decoder beside its weights, once it gave what Transformers gives on random tokens."""
+    try:
+        from prover.decoders import check
+    except ModuleNotFoundError as error:
+        raise Malformed(f"{error.name} is not installed: pip install 'assay[torch]'") from error
+    from prover.decoders import graph
+
+    to = to or folder / "model.onnx"
+    if to.resolve().parent != folder.resolve():
+        raise Malformed(f"{to} is not in {folder}: a model lies beside its weights")
+    with err.status("comparing the graph with Transformers") as status:
+        model, apart = check.checked(folder)
+        status.update("hashing the weights")
+        written = graph.save(model, to)
+    told = {"model": written.id.hex(), "file": str(to), "nodes": len(written.nodes)}
+    _say(told | {"relative_error": max(apart.values())}, as_json)
+
+
 @cli.command()
 def run(
     model: ModelFile,
@@ -86,13 +111,16 @@ def commit(
     to: Annotated[Path, typer.Option("--out", metavar="COMMITMENT.json")],
     task: Annotated[Path | None, typer.Option(help="The task that the run is for.", metavar="TASK.json")] = None,
     key: Annotated[Path | None, typer.Option(help="File with the worker's key; needed with a task.")] = None,
+    policy_name: Annotated[
+        str, typer.Option("--policy", help="Says what is committed where there is no task.")
+    ] = "standard",
     as_json: Json = False,
 ) -> None:
     """Commit to a trace, honest or not: one Merkle root a tensor and one over all of them."""
     if (task is None) != (key is None):
         raise Malformed("a task and a key go together: the commitment to a task is signed")
     wanted = Task.from_json(read_json(task)) if task else None
-    made = _committed(model, trace, wanted).commitment
+    made = _committed(model, trace, wanted, policy_name).commitment
     if wanted and key:
         made = sign_commitment(made, wanted.reward, read_key(key))
     to.write_bytes(canonical(made.to_json()))
@@ -114,7 +142,7 @@ def open_(
     """Open the rows that a challenge selects, and write the proof."""
     asked = Challenge.from_json(read_json(challenge))
     wanted = Task.from_json(read_json(task)) if task else None
-    committed = _committed(model, trace, wanted)
+    committed = _committed(model, trace, wanted, asked.policy)
     signed = Commitment.from_json(read_json(commitment)) if commitment else committed.commitment
     if asked.commitment != signed.digest():
         raise Malformed("the challenge is for another commitment: commit to this trace and have it challenged")
@@ -131,6 +159,28 @@ def demo(
 ) -> None:
     """An honest worker and cheats of every kind against a real service; exit 0 iff the honest one alone is paid."""
     from prover import demo as show_case  # needs the packages of the extra `demo`
+
+    result = show_case.run(folder, err)
+    if as_json:
+        out.print_json(data=result)
+    else:
+        show_case.show(result, out)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@cli.command("demo-llm")
+def demo_llm(
+    folder: Annotated[
+        Path, typer.Option("--out", help="Where the model and bundles go; bundles are emptied first.")
+    ] = Path("demo-llm"),
+    as_json: Json = False,
+) -> None:
+    """A chat with a decoder, answered by an honest worker and by cheats; exit 0 iff the honest one alone is paid."""
+    try:
+        from prover import demo_llm as show_case
+    except ModuleNotFoundError as error:
+        raise Malformed(f"{error.name} is not installed: pip install 'assay[demo,torch,gguf]'") from error
 
     result = show_case.run(folder, err)
     if as_json:
@@ -170,11 +220,13 @@ def take(
         raise typer.Exit(1)
 
 
-def _committed(model: Path, trace: Path, task: Task | None) -> prove.Committed:
+def _committed(model: Path, trace: Path, task: Task | None, policy_name: str) -> prove.Committed:
     opened = Model.open(model)
     tensors: Mapping[str, npt.NDArray[Any]] = bundle.read(trace).tensors
     with err.status("hashing the trace") as status:
-        return prove.commit(opened, tensors, task, lambda name: status.update(f"hashed {name}"))
+        return prove.commit(
+            opened, tensors, task, lambda name: status.update(f"hashed {name}"), rules=policy(policy_name)
+        )
 
 
 def read_json(path: Path) -> object:

@@ -13,6 +13,9 @@ from typing import Any, Self
 import httpx
 import numpy as np
 import numpy.typing as npt
+import onnx
+from blake3 import blake3
+from onnx import external_data_helper
 
 from proof import bundle
 from proof.attestation import SignedAttestation, sign_upload
@@ -40,10 +43,30 @@ class Client:
         self._http.close()
 
     def register(self, model: Path) -> bytes:
-        """Upload an ONNX model; returns its id. Raises Malformed naming the op that cannot be checked."""
-        with model.open("rb") as file:
-            answer = self._call("POST", "/v1/models", content=file, headers=_BINARY, timeout=None)
+        """Upload an ONNX model and the files that hold its weights, if any lie outside it; returns its id.
+
+        Raises Malformed naming the op that cannot be checked.
+        """
+        proto = onnx.load(model, load_external_data=False)
+        outside = [tensor for tensor in proto.graph.initializer if external_data_helper.uses_external_data(tensor)]
+        files = {external_data_helper.ExternalDataInfo(tensor).location for tensor in outside}
+        digests = {location: self._weights(model.parent / location) for location in sorted(files)}
+        for entry in (entry for tensor in outside for entry in tensor.external_data if entry.key == "location"):
+            entry.value = digests[entry.value]
+        content = proto.SerializeToString() if outside else model.read_bytes()
+        answer = self._call("POST", "/v1/models", content=content, headers=_BINARY, timeout=None)
         return bytes.fromhex(answer.json()["model"])
+
+    def _weights(self, path: Path) -> str:
+        """Upload a file of weights unless the service has it; returns its digest."""
+        digest = blake3().update_mmap(path).hexdigest()
+        found = self._send("GET", f"/v1/weights/{digest}")
+        if found.status_code == httpx.codes.NOT_FOUND:
+            with path.open("rb") as file:
+                self._call("PUT", f"/v1/weights/{digest}", content=file, headers=_BINARY, timeout=None)
+        else:
+            _checked(found)
+        return digest
 
     def signer(self) -> str:
         """The address that signs this service's attestations, as it says; compare it with the one you were told."""

@@ -1,47 +1,42 @@
 """The demo: one service, one honest worker, and cheats of every kind, over HTTP. Nobody but the honest one is paid."""
 
-import os
 import secrets
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib import import_module
 from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
 
 from gpu.plan import Model
-from proof import attestation as signing
 from proof import bundle
 from proof.attestation import sign_commitment
-from proof.errors import Conflict, Malformed, Unavailable
-from proof.messages import Challenge, Reward
+from proof.errors import Conflict, Malformed
+from proof.messages import Challenge
 from prover import cheats, prove, sentences
-from prover.client import Client, terms
+from prover.client import Client
 from prover.engines.onnxruntime import Recorder, plain
-from prover.sidecar import Engine, serve
+from prover.sidecar import Engine
+from prover.stage import (
+    REWARD,
+    Array,
+    Attempt,
+    Row,
+    Stage,
+    computing,
+    emptied,
+    perform,
+    result,
+    service,
+    show_table,
+    show_traces,
+)
 
-START = 60.0  # seconds for the service to come up
-STOP = 20.0
-DEADLINE = 3600  # seconds a task stays open
 POLICY = "standard"
-REWARD = Reward(chain_id=31337, contract="0x" + "c0" * 20, token="0x" + "70" * 20, amount=250_000)
-PAYER = "0x" + "9a" * 20
-
-Array = npt.NDArray[Any]
 
 TEXTS = (
     "The bridge over the river was closed after the flood had damaged two of its piers.",
@@ -66,60 +61,15 @@ def documents() -> tuple[str, ...]:
     return tuple(" ".join(str(getdoc(member) or "") for member in found) for found in members)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One worker's line in the table. `run_seconds` is the plain model on the task's inputs; the rest is None where it
-    never came that far."""
-
-    worker: str
-    did: str
-    verdict: str
-    reason: str | None
-    node: str | None
-    run_seconds: float
-    proof_bytes: int | None = None
-    check_seconds: float | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        return self.check_seconds / self.run_seconds if self.check_seconds else None
-
-
 @dataclass
-class Stage:
-    """What all workers share: the service, the model, the task's inputs, and where bundles go."""
+class Texts(Stage):
+    """Texts for a sentence encoder, whose ONNX file cheats rewrite."""
 
-    client: Client
     source: bytes
-    model: Model
-    inputs: dict[str, Array]
-    folder: Path
-
-    @cached_property
-    def run_seconds(self) -> float:
-        """The model as it stands, nothing recorded, once it is warm."""
-        model = plain(self.source)
-        model(self.inputs)
-        started = time.perf_counter()
-        model(self.inputs)
-        return time.perf_counter() - started
-
-    def row(self, worker: str, did: str) -> Row:
-        return Row(worker, did, "accepted", None, None, self.run_seconds)
-
-    def post(self, inputs: dict[str, Array] | None = None) -> bytes:
-        """A protocol posts a new task."""
-        wanted = terms(self.model.id, POLICY, REWARD, PAYER, int(time.time()) + DEADLINE, secrets.token_bytes(32))
-        return self.client.post(wanted, inputs or self.inputs)
-
-    @cached_property
-    def honest(self) -> Engine:
-        return self.engine(self.source)
 
     def engine(self, source: bytes) -> Engine:
         """ONNX Runtime over the honest graph, or over another one that gives the same names."""
-        plan = self.model.plan({name: array.shape for name, array in self.inputs.items()})
-        return Recorder(source, self.model, plan).run
+        return _engine(source, self.model, self.inputs)
 
     def answer(self, task: bytes, key: bytes, seed: bytes | None = None) -> tuple[prove.Committed, Any]:
         """Honest work up to the proof; with `seed`, under a challenge that the worker made up."""
@@ -132,41 +82,33 @@ class Stage:
         return committed, prove.answer(committed, signed, challenge, asked)
 
 
-Attempt = Callable[[Stage, bytes], Row]
+def _texts(client: Client, path: Path, folder: Path, inputs: dict[str, Array]) -> Texts:
+    source, model = path.read_bytes(), Model.open(path)
+    honest = _engine(source, model, inputs)
+    return Texts(client, model, inputs, POLICY, folder, honest, _run_seconds(source, inputs), source)
 
 
-def computing(worker: str, did: str, engine: Callable[[Stage], Engine]) -> Attempt:
-    """A worker that goes through the protocol with whatever trace its engine gives."""
-
-    def attempt(stage: Stage, key: bytes) -> Row:
-        task = stage.post()
-        served = serve(stage.client, task, stage.model, engine(stage), key)
-        return _judged(stage, task, replace(stage.row(worker, did), proof_bytes=served.proof_bytes))
-
-    return attempt
+def _engine(source: bytes, model: Model, inputs: Any) -> Engine:
+    return Recorder(source, model, model.plan({name: array.shape for name, array in inputs.items()})).run
 
 
-def _judged(stage: Stage, task: bytes, row: Row) -> Row:
-    verdict = stage.client.verdict(task)
-    stage.client.attestation(task)
-    stage.client.bundle(task, stage.folder / f"{row.worker}.safetensors")
-    return replace(
-        row,
-        verdict=verdict.verdict,
-        reason=str(verdict.reason) if verdict.reason else None,
-        node=verdict.node,
-        check_seconds=stage.client.check_seconds(task),
-    )
+def _run_seconds(source: bytes, inputs: dict[str, Array]) -> float:
+    """The model as it stands, nothing recorded, once it is warm."""
+    model = plain(source)
+    model(inputs)
+    started = time.perf_counter()
+    model(inputs)
+    return time.perf_counter() - started
 
 
-def _bending(name: str, bend: Callable[[Array], Array]) -> Callable[[Stage], Engine]:
-    def engine(stage: Stage) -> Engine:
+def _bending(name: str, bend: Callable[[Array], Array]) -> Callable[[Texts], Engine]:
+    def engine(stage: Texts) -> Engine:
         return lambda inputs: cheats.bent(dict(stage.honest(inputs)), name, bend)
 
     return engine
 
 
-def _running(rewrite: Callable[[bytes], bytes]) -> Callable[[Stage], Engine]:
+def _running(rewrite: Callable[[bytes], bytes]) -> Callable[[Texts], Engine]:
     return lambda stage: stage.engine(rewrite(stage.source))
 
 
@@ -178,13 +120,13 @@ def _nudged(array: Array) -> Array:
     return array + np.float32(0.01)
 
 
-def _stale(stage: Stage) -> Engine:
+def _stale(stage: Texts) -> Engine:
     """Yesterday's run on other words, with today's words put in front of it."""
     other = dict(stage.inputs) | {"input_ids": np.roll(stage.inputs["input_ids"], 1, axis=0)}
     return lambda inputs: dict(stage.honest(other)) | dict(inputs)
 
 
-def _replay(stage: Stage, key: bytes) -> Row:
+def _replay(stage: Texts, key: bytes) -> Row:
     row = stage.row("replayer", "uploads the proof of an earlier task")
     earlier, task = stage.post(), stage.post()
     _, old = stage.answer(earlier, key)
@@ -192,23 +134,23 @@ def _replay(stage: Stage, key: bytes) -> Row:
     return _uploaded(stage, task, key, old, committed, row)
 
 
-def _other_rows(stage: Stage, key: bytes) -> Row:
+def _other_rows(stage: Texts, key: bytes) -> Row:
     row = stage.row("chooser", "opens rows of its own choice")
     task = stage.post()
     committed, proof = stage.answer(task, key, seed=bytes(32))
     return _uploaded(stage, task, key, proof, committed, row)
 
 
-def _uploaded(stage: Stage, task: bytes, key: bytes, proof: Any, committed: prove.Committed, row: Row) -> Row:
+def _uploaded(stage: Texts, task: bytes, key: bytes, proof: Any, committed: prove.Committed, row: Row) -> Row:
     path = stage.folder / "upload.safetensors"
     bundle.write_proof(path, proof)
     stage.client.upload(task, path, committed.commitment.digest(), REWARD, key)
     size = path.stat().st_size
     path.unlink()
-    return _judged(stage, task, replace(row, proof_bytes=size))
+    return stage.judged(task, replace(row, proof_bytes=size))
 
 
-def _second_commitment(stage: Stage, key: bytes) -> Row:
+def _second_commitment(stage: Texts, key: bytes) -> Row:
     row = stage.row("gambler", "commits again after it has seen the challenge")
     task = stage.post()
     stage.answer(task, key)
@@ -221,7 +163,7 @@ def _second_commitment(stage: Stage, key: bytes) -> Row:
     return row
 
 
-def _thief(stage: Stage, key: bytes) -> Row:
+def _thief(stage: Texts, key: bytes) -> Row:
     row = stage.row("thief", "uploads a proof for the commitment of another")
     task = stage.post()
     committed, proof = stage.answer(task, key)
@@ -236,9 +178,11 @@ def _thief(stage: Stage, key: bytes) -> Row:
     return row
 
 
-HONEST = computing("honest", "runs the model on 8 sentences", lambda stage: stage.honest)
-READER = computing("reader", f"runs it on {len(MODULES)} documents of {LENGTH} tokens", lambda stage: stage.honest)
-CHEATS: tuple[Attempt, ...] = (
+HONEST: Attempt[Texts] = computing("honest", "runs the model on 8 sentences", lambda stage: stage.honest)
+READER: Attempt[Texts] = computing(
+    "reader", f"runs it on {len(MODULES)} documents of {LENGTH} tokens", lambda stage: stage.honest
+)
+CHEATS: tuple[Attempt[Texts], ...] = (
     computing("miser", "runs the weights in 4 bits", _running(lambda s: cheats.quantised(s, 4))),
     computing("impostor", "runs another model of the same shape", _running(cheats.impostor)),
     computing("skipper", "skips one of six layers", _running(_without_a_layer)),
@@ -257,120 +201,35 @@ CHEATS: tuple[Attempt, ...] = (
 
 def run(folder: Path, console: Console) -> dict[str, Any]:
     """Run the demo in `folder`; returns what happened as JSON, `ok` true iff the honest one alone was paid."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     path = sentences.model_path()
-    with console.status("starting the service") as status, _service(folder / "service") as url, Client(url) as client:
+    with (
+        console.status("starting the service") as status,
+        service(emptied(folder) / "service") as url,
+        Client(url) as client,
+    ):
         status.update("registering all-MiniLM-L6-v2")
         client.register(path)
-        stage = Stage(client, path.read_bytes(), Model.open(path), sentences.tokenised(TEXTS), folder)
         status.update("honest workers at work")
+        stage = _texts(client, path, folder, sentences.tokenised(TEXTS))
         honest = [HONEST(stage, secrets.token_bytes(32))]
-        long = replace(stage, inputs=sentences.tokenised(documents(), LENGTH))
+        long = _texts(client, path, folder, sentences.tokenised(documents(), LENGTH))
         honest.append(READER(long, secrets.token_bytes(32)))
-        paid = [_paid(stage, row.worker) for row in honest if row.verdict == "accepted"]
         closest = _closest(stage) if honest[0].verdict == "accepted" else []
-        cheating = []
-        for i, cheat in enumerate(CHEATS):
-            status.update(f"cheat {i + 1} of {len(CHEATS)} at work")
-            cheating.append(cheat(stage, secrets.token_bytes(32)))
-    refused = [row for row in cheating if row.verdict != "accepted" and row.reason]
-    return {
-        "ok": len(paid) == len(honest) and len(refused) == len(CHEATS),
-        "paid": paid,
-        "closest": closest,
-        "honest": [asdict(row) | {"ratio": row.ratio} for row in honest],
-        "cheats": [asdict(row) | {"ratio": row.ratio} for row in cheating],
-        "bundles": str(folder),
-        "model": str(path),
-    }
+        cheating = perform(CHEATS, stage, status.update)
+        return result(stage, path, honest, cheating) | {"closest": closest}
 
 
-def show(result: dict[str, Any], console: Console) -> None:
+def show(told: dict[str, Any], console: Console) -> None:
     """The table, the sentences, and how to look at what was left behind."""
-    table = Table(title="who was paid")
-    for column in ("worker", "what it did", "verdict", "reason", "proof", "run", "check", "ratio"):
-        table.add_column(column, overflow="fold")
-    for row in [*result["honest"], *result["cheats"]]:
-        colour = "green" if row["verdict"] == "accepted" else "red"
-        reason = row["reason"] or ""
-        table.add_row(
-            row["worker"],
-            row["did"],
-            f"[{colour}]{row['verdict']}[/]",
-            f"{reason} at {row['node']}" if row["node"] else reason,
-            f"{row['proof_bytes'] / 1e6:.1f} MB" if row["proof_bytes"] else "",
-            f"{row['run_seconds']:.2f} s",
-            f"{row['check_seconds']:.2f} s" if row["check_seconds"] else "",
-            f"{row['ratio']:.2f}" if row["ratio"] else "",
-        )
-    console.print(table)
-    for pair in result["closest"]:
+    show_table(told, console)
+    for pair in told["closest"]:
         console.print(f"closest ({pair['cosine']:.2f}): {pair['first']!r} and {pair['second']!r}", highlight=False)
-    for paid in result["paid"]:
-        told = f"{paid['amount']} units to {paid['payee']} ({paid['worker']}), signed by {paid['signer']}"
-        console.print(f"attestation {paid['uid']}: {told}", highlight=False)
-    bundles = result["bundles"]
-    console.print(f"\nevery task left a bundle in {bundles}/. Check one yourself:", highlight=False)
-    console.print(f"  assay verify {result['model']} {bundles}/honest.safetensors", soft_wrap=True, highlight=False)
+    show_traces(told, console)
 
 
-def _paid(stage: Stage, worker: str) -> dict[str, str]:
-    """An honest worker's attestation, verified against the signer that the service names."""
-    found = bundle.read_bundle(stage.folder / f"{worker}.safetensors")
-    if found.attestation is None:
-        raise Malformed("the bundle of an accepted task holds no attestation")
-    signed = signing.SignedAttestation.from_json(found.attestation)
-    signing.verify(signed, stage.client.signer())
-    return {
-        "worker": worker,
-        "uid": "0x" + signed.attestation.digest().hex(),
-        "payee": signed.attestation.payee,
-        "amount": str(signed.attestation.amount),
-        "signer": signed.signer,
-    }
-
-
-def _closest(stage: Stage) -> list[dict[str, Any]]:
+def _closest(stage: Texts) -> list[dict[str, Any]]:
     """The three pairs of sentences whose proven embeddings are closest."""
-    found = bundle.read_bundle(stage.folder / "honest.safetensors")
-    name = stage.model.graph.outputs[0]
-    claim = next(c for c in found.proof.commitment.tensors if c.name == name)
-    hidden = found.proof.openings[name].rows.reshape(claim.shape)
-    vectors = sentences.embeddings(hidden, stage.inputs["attention_mask"])
+    vectors = sentences.embeddings(stage.output("honest"), stage.inputs["attention_mask"])
     cosines = vectors @ vectors.T
     pairs = sorted(((cosines[i, j], i, j) for i in range(len(TEXTS)) for j in range(i)), reverse=True)
     return [{"cosine": float(c), "first": TEXTS[j], "second": TEXTS[i]} for c, i, j in pairs[:3]]
-
-
-@contextmanager
-def _service(data: Path) -> Iterator[str]:
-    """`assay serve` on a free loopback port, stopped on the way out."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    data.mkdir(parents=True)
-    with (data / "log").open("wb") as log:
-        command = [sys.executable, "-m", "assay", "serve", "--data", str(data), "--port", str(port)]
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=os.environ.copy())
-        try:
-            _await(process, f"http://127.0.0.1:{port}", data / "log")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(STOP)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _await(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    until = time.monotonic() + START
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/readyz", timeout=5).is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise Unavailable(f"the service did not start; its log is {log}")

@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu import hashing
+from gpu.boundary import committed
 from gpu.plan import Model, Plan
 from gpu.reach import selection
 from proof.bundle import Opening, Proof
 from proof.errors import Malformed
 from proof.graph import dtype_name, spec_of
 from proof.messages import Challenge, Commitment, Task, TensorClaim
+from proof.policy import Policy, policy
 
 Array = npt.NDArray[Any]
 Trace = Mapping[str, Array]
@@ -43,14 +45,23 @@ def plan_of(model: Model, trace: Trace) -> Plan:
     return model.plan({name: trace[name].shape for name in names})
 
 
-def commit(model: Model, trace: Trace, task: Task | None = None, progress: Progress = lambda _: None) -> Committed:
-    """Bind every tensor of a trace. Honest or not is no matter here; only names, dtypes and shapes must fit.
+def commit(
+    model: Model,
+    trace: Trace,
+    task: Task | None = None,
+    progress: Progress = lambda _: None,
+    *,
+    rules: Policy | None = None,
+) -> Committed:
+    """Bind the tensors of a trace that the task's policy asks for, or `rules` where there is no task, or all of them.
 
+    Honest or not is no matter here; only names, dtypes and shapes must fit.
     Raises Malformed naming the tensor that is missing or has another dtype or shape than the graph gives.
     """
     plan = plan_of(model, trace)
     trees, claims = {}, []
-    for name in plan.tensors:
+    rules = policy(task.policy) if task else rules
+    for name in committed(plan, rules) if rules else plan.tensors:
         array = _tensor(plan, trace, name)
         trees[name] = hashing.tensor_levels(array)
         root = hashing.root(trees[name])
