@@ -6,16 +6,11 @@ computed by its float32 kernels and rounded once, unless that overflows, which a
 """
 
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +21,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.forgeries import FORGERIES, SIZES, Random, differs
+from bench.provenance import provenance
 from gpu.ops.call import Call
 from gpu.ops.registry import REGISTRY
 from gpu.rounding import is_float
@@ -33,8 +29,16 @@ from proof.errors import Rejected
 from proof.graph import DTYPES, dtype_name
 from proof.policy import policy
 from proof.sampling import Draw
-from tests.gpu import test_attention, test_contraction, test_movement, test_pointwise, test_random_nodes, test_rowwise
-from tests.gpu.nodes import BF16, Array, Case, Run, assembled, claims, opened, run, sampled
+from tests.gpu import (
+    test_attention,
+    test_contraction,
+    test_decoding,
+    test_movement,
+    test_pointwise,
+    test_random_nodes,
+    test_rowwise,
+)
+from tests.gpu.nodes import BF16, Array, Case, Run, assembled, claims, opened, returned, run, sampled
 
 RESULTS = Path(__file__).parent / "results" / "vacuity.json"
 PACKAGES = ("numpy", "scipy", "numba", "onnx", "onnxruntime", "ml-dtypes")
@@ -48,7 +52,8 @@ Tallies = dict[tuple[str, str], Tally]  # by op and dtype
 def accepts(worker: Run, rows: tuple[Array, ...], claimed: list[Array], rng: Random) -> bool:
     op, draw = REGISTRY[worker.site.node.domain, worker.site.node.op], Draw(rng.bytes(32), "node/0")
     try:
-        op.check(Call(worker.site, opened(op, worker, rows), rows, tuple(claimed), policy("standard"), draw))
+        whole = returned(worker, rows, claimed)
+        op.check(Call(worker.site, opened(op, worker, rows), rows, tuple(claimed), policy("standard"), draw, whole))
     except Rejected:
         return False
     return True
@@ -79,6 +84,9 @@ def fresh(case: Case, rng: Random) -> Case:
 
 def runs(case: Case) -> Iterator[Run]:
     """The case in ONNX Runtime, and where float32 goes in and out, its fp16 and bf16 forms rounded once."""
+    if case.domain == test_decoding.DOMAIN:
+        yield assembled(case, [case.inputs[test_decoding.ANSWER].reshape(-1, 1)])
+        return
     yield run(case)
     if case.outputs > 1 or case.op in FIXED or not any(x is not None and x.dtype == np.float32 for x in case.inputs):
         return
@@ -111,6 +119,11 @@ def rotated(rng: Random) -> Case:
     return Case("RotaryEmbedding", inputs, {"interleaved": int(rng.integers(2))}, opset=test_attention.OPSET)
 
 
+def decoded(rng: Random) -> Case:
+    """An answer by the rule: greedy or sampled."""
+    return test_decoding.case(rng, int(rng.integers(1, 20)), temperature=float(rng.choice([0.0, 0.7, 1.3])))
+
+
 def folded(rng: Random) -> Case:
     """A product whose rows, all opened, are folded (T1) and spot-checked (T3)."""
     m, k, n = (int(size) for size in rng.integers(100, 200, 3))
@@ -121,7 +134,7 @@ def folded(rng: Random) -> Case:
 
 TABLES = [test_movement.CASES, test_pointwise.CASES, test_rowwise.CASES, test_contraction.CASES]
 TABLES += [test_attention.cases(np.float32), test_attention.cases(np.float16)]
-MAKERS = [*test_random_nodes.MAKERS, *[unary] * 4, *[test_contraction.random_case] * 2, attended, rotated]
+MAKERS = [*test_random_nodes.MAKERS, *[unary] * 4, *[test_contraction.random_case] * 2, attended, rotated, decoded]
 
 
 def sweep(cases: Iterable[Case], rng: Random, count: int | None) -> Tallies:
@@ -163,17 +176,6 @@ def shown(title: str, groups: Mapping[str, Any]) -> Table:
     return table
 
 
-def provenance() -> dict[str, Any]:
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {
-        "command": f"python bench/vacuity.py  # seed {SEED}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": subprocess.getoutput(f"git -C {RESULTS.parent} describe --always --dirty --abbrev=40 --exclude='*'"),
-        "machine": {"cpu": cpu.partition(": ")[2], "cores": os.cpu_count(), "system": platform.system()},
-        "packages": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-    }
-
-
 def main() -> int:
     rng, started = np.random.default_rng(SEED), time.perf_counter()
     console = Console() if sys.stdout.isatty() else Console(width=160)
@@ -188,7 +190,13 @@ def main() -> int:
     entries = [entry for group in results.values() for dtypes in group.values() for entry in dtypes.values()]
     untried = [op for op in registered if not any(gross(entry)[1] for entry in results["ops"].get(op, {}).values())]
     RESULTS.write_text(
-        json.dumps(provenance() | {"seconds": round(time.perf_counter() - started)} | results, indent=1) + "\n"
+        json.dumps(
+            provenance(f"python bench/vacuity.py  # seed {SEED}", PACKAGES)
+            | {"seconds": round(time.perf_counter() - started)}
+            | results,
+            indent=1,
+        )
+        + "\n"
     )
     console.print(shown("small forgeries accepted at 16 opened rows: of a row · of an entry", families))
     console.print(shown("the same with every row of a large product opened", results["folded"]))
