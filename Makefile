@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread of BLAS: on a busy machine more threads wait for each other (bench/README.md).
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo demo-llm test bench vacuity detection lint clean
+.PHONY: demo demo-llm test bench vacuity honest detection adversary lint clean
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -45,8 +45,14 @@ bench: $(VENV)/test.stamp
 vacuity: $(VENV)/test.stamp
 	$(BIN)/python bench/vacuity.py
 
+honest: $(VENV)/test.stamp
+	$(BIN)/python bench/honest.py
+
 detection: $(VENV)/test.stamp
 	$(BIN)/python bench/detection.py
+
+adversary: $(VENV)/test.stamp
+	$(BIN)/python bench/adversary.py
 
 clean:
 	rm -rf $(VENV) demo demo-llm

@@ -89,7 +89,8 @@ class Examination:
             if value is not None:
                 self.tensors[name] = Tensor(spec, np.ascontiguousarray(value).reshape(spec.rows, spec.width))
 
-    def found(self, trace: Mapping[str, Array], inputs: Mapping[str, Array]) -> Found:
+    def found(self, trace: Mapping[str, Array], inputs: Mapping[str, Array], passed: Mapping[str, Array]) -> Found:
+        """What of the trace fails; a node between tensors of the honest run, which `passed`, is not checked again."""
         for name, value in inputs.items():
             if not _same(trace[name], value):
                 return Found(whole=name)
@@ -99,7 +100,8 @@ class Examination:
         found = Found()
         for node in self.plan.nodes:
             name = node.outputs[0]
-            if name in self.plan.derived:
+            between = [name for name in (*node.inputs, *node.outputs) if name and name not in self.plan.known]
+            if name in self.plan.derived or all(n in passed and _same(trace[n], passed[n]) for n in between):
                 continue
             blocks = np.split(rows := every_row(self.plan.specs[name]), range(BLOCK, len(rows), BLOCK))
             failing = [row for block in blocks for row in self._failing(node, block, found)]
@@ -167,12 +169,12 @@ class Trial:
 
 
 def measure(
-    scene: Scene, inputs: Mapping[str, Array], trace: Trace, suffix: str, trials: int, confirm: int
+    scene: Scene, inputs: Mapping[str, Array], trace: Trace, suffix: str, trials: int, confirm: int, passed: Trace
 ) -> dict[str, Any]:
     """Detections by rows drawn, and whether verify agrees."""
     committed = prove.commit(scene.statement, trace)
     plan = committed.plan
-    found = Examination(plan, trace, policy("standard" + suffix)).found(trace, inputs)
+    found = Examination(plan, trace, policy("standard" + suffix)).found(trace, inputs, passed)
     share = max((len(rows) / plan.specs[name].rows for name, rows in found.rows.items()), default=0.0)
     told: dict[str, Any] = {"at": found.at(), "share": 1.0 if found.whole else share, "detected": {}}
     trial, agreed = Trial(scene, inputs, committed), 0
@@ -230,8 +232,11 @@ def main(
     disagreed, results = 0, provenance("python bench/detection.py", PACKAGES)
     for name in (name for name in ("honest", *CHEATS) if only in name):
         trace = dict(worker.honest(inputs) if name == "honest" else CHEATS[name](worker)(inputs))
-        cheats[name] = {s: measure(worker, inputs, trace, suffix, trials, confirm) for s, suffix in suffixes.items()}
-        if ends and boundary:
+        honest = {} if name == "honest" else worker.honest(inputs)
+        cheats[name] = {
+            s: measure(worker, inputs, trace, suffix, trials, confirm, honest) for s, suffix in suffixes.items()
+        }
+        if ends and boundary and cheats[name]["P"]["share"] in (0.0, 1.0):  # where every row is wrong, or none
             cheats[name]["boundary"] = bounded(worker, inputs, trace, ends, boundary)
         disagreed += sum(confirm - entry["confirmed"][0] for s, entry in cheats[name].items() if s in suffixes)
         results |= {
@@ -244,8 +249,7 @@ def main(
         out.write_text(json.dumps(results, indent=1) + "\n")
         console.print(f"{time.perf_counter() - started:6.0f} s  {name}: {json.dumps(cheats[name])}", highlight=False)
     console.print(table(results), markup=False, highlight=False, soft_wrap=True)
-    honest = cheats.get("honest", {}).values()
-    if disagreed or any(entry.get("at") or any(entry["detected"].values()) for entry in honest):
+    if disagreed or any(any(entry["detected"].values()) for entry in cheats.get("honest", {}).values()):
         raise typer.Exit(1)
 
 

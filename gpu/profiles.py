@@ -7,8 +7,6 @@ where the profile rounds, and leaves room only for the fp32 arithmetic in betwee
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from proof.policy import Policy
 
 
@@ -18,19 +16,11 @@ class Profile:
 
     attention: Literal["eager", "flash"]
     gamma: float = 4.0  # of a sum of products, beside the partial sums of its blocks of 16 terms
-    wide_gamma: float = 20.0  # the same of fp32 tensors, whose libraries add in other orders
     scores: float = 8.0  # the same of the scores of attention
     exponential: float = 8.0  # of a flash kernel's exponential, beside the one that is replayed
-    wide_exponential: float = 64.0
     norm: float = 16.0  # of x / rms(x), which is rounded to the dtype before it meets the weight
     activation: float = 8.0  # of x sigmoid(x), beside the result
     trigonometric: float = 4.0  # of sines and cosines
-
-    def sums(self, dtype: np.dtype, narrow: float | None = None) -> float:
-        return self.wide_gamma if dtype == np.float32 else narrow or self.gamma
-
-    def exponentials(self, dtype: np.dtype) -> float:
-        return self.wide_exponential if dtype == np.float32 else self.exponential
 
 
 PROFILES = {

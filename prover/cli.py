@@ -21,6 +21,7 @@ from proof.graph import read_graph
 from proof.messages import MAX_MESSAGE_BYTES, Challenge, Commitment, Task
 from proof.policy import policy
 from prover import prove
+from prover.prove import Engine
 
 cli = typer.Typer()
 model_cli = typer.Typer(help="Look at a model, or make one of a decoder's folder.", no_args_is_help=True)
@@ -29,6 +30,8 @@ cli.add_typer(model_cli, name="model")
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL.onnx", exists=True, dir_okay=False)]
 TraceFile = Annotated[Path, typer.Argument(metavar="TRACE.safetensors", exists=True, dir_okay=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 leaves the choice to it.")]
+Attention = Annotated[str, typer.Option(help="Of a decoder, which Transformers runs: sdpa or eager.")]
 out = Console()
 err = Console(stderr=True)
 
@@ -90,15 +93,14 @@ def run(
     model: ModelFile,
     inputs: Annotated[Path, typer.Argument(metavar="INPUTS.safetensors", exists=True, dir_okay=False)],
     trace: Annotated[Path, typer.Option(help="Where the trace goes.", metavar="TRACE.safetensors")],
-    threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 leaves the choice to it.")] = 0,
+    threads: Threads = 0,
+    attention: Attention = "sdpa",
     as_json: Json = False,
 ) -> None:
-    """Run a model with ONNX Runtime, graph optimisations off, and record every node output."""
-    from prover.engines import onnxruntime  # a worker on another engine need not have it
-
+    """Run a model and record every node output: a decoder with Transformers, any other with ONNX Runtime."""
     opened = Model.open(model)
     with err.status("running the model"):
-        recorded = onnxruntime.record(model, opened, bundle.read(inputs).tensors, threads)
+        recorded = _engine(model, opened, threads, attention)(bundle.read(inputs).tensors)
     bundle.write(trace, recorded.items(), {"model": opened.id.hex()})
     size = sum(array.nbytes for array in recorded.values())
     _say({"trace": str(trace), "tensors": len(recorded), "bytes": size}, as_json)
@@ -197,27 +199,36 @@ def take(
     task: Annotated[str, typer.Argument(metavar="TASK", help="The task's id, 64 hex digits.")],
     key: Annotated[Path, typer.Option(help="File with the worker's key, 64 hex digits; its address is paid.")],
     url: Annotated[str, typer.Option(help="The verification service.")] = "http://127.0.0.1:8420",
+    threads: Threads = 0,
+    attention: Attention = "sdpa",
     as_json: Json = False,
 ) -> None:
     """Do one task of a service: fetch its inputs, run, commit, open, upload, and wait for the verdict."""
     from prover.client import Client
-    from prover.engines import onnxruntime
     from prover.sidecar import serve
 
     opened = Model.open(model)
     with Client(url) as client, err.status("at work"):
-        served = serve(
-            client,
-            octets(task, "TASK", 32),
-            opened,
-            lambda inputs: onnxruntime.record(model, opened, inputs),
-            read_key(key),
-        )
+        engine = _engine(model, opened, threads, attention)
+        served = serve(client, octets(task, "TASK", 32), opened, engine, read_key(key))
     verdict = served.verdict
     reason = verdict.reason and str(verdict.reason)
     _say({"verdict": verdict.verdict, "reason": reason, "detail": verdict.detail}, as_json)
     if verdict.verdict != "accepted":
         raise typer.Exit(1)
+
+
+def _engine(model: Path, opened: Model, threads: int, attention: str) -> Engine:
+    """What runs a model: a worker need only have installed what its own models take."""
+    if not opened.answers:
+        from prover.engines import onnxruntime
+
+        return lambda inputs: onnxruntime.record(model, opened, inputs, threads)
+    try:
+        from prover.engines import torch
+    except ModuleNotFoundError as error:
+        raise Malformed(f"{error.name} is not installed: pip install 'assay[torch]'") from error
+    return torch.loaded(model.parent, opened, threads, attention).generate
 
 
 def _committed(model: Path, trace: Path, task: Task | None, policy_name: str) -> prove.Committed:

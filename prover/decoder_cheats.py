@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu.plan import Model
-from prover.sidecar import Engine
+from prover.prove import Engine
 
 Array = npt.NDArray[Any]
 Inputs = Mapping[str, Array]

@@ -20,7 +20,7 @@ from proof.messages import Challenge
 from prover import cheats, prove, sentences
 from prover.client import Client
 from prover.engines.onnxruntime import Recorder, plain
-from prover.sidecar import Engine
+from prover.prove import Engine
 from prover.stage import (
     REWARD,
     Array,

@@ -17,7 +17,7 @@ from prover import smollm2
 from prover.client import Client
 from prover.decoder_cheats import CHEATS, Inputs, Scene
 from prover.engines.torch import Recorder
-from prover.sidecar import Engine
+from prover.prove import Engine
 from prover.stage import Array, Attempt, Stage, computing, emptied, perform, result, service, show_table, show_traces
 
 SYSTEM = (

@@ -22,6 +22,7 @@ from proof.policy import Policy, policy
 
 Array = npt.NDArray[Any]
 Trace = Mapping[str, Array]
+Engine = Callable[[Mapping[str, Array]], Trace]  # from the inputs of a task
 Levels = list[npt.NDArray[np.uint8]]
 Progress = Callable[[str], None]  # called with the name of each tensor as it is done
 

@@ -1,12 +1,8 @@
 """The work on one task, from its inputs to the uploaded proof; the process beside a worker calls it per task."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import numpy.typing as npt
 
 from gpu.plan import Model
 from proof import bundle
@@ -14,9 +10,7 @@ from proof.attestation import sign_commitment
 from proof.messages import Verdict
 from prover import prove
 from prover.client import Client
-
-Trace = Mapping[str, npt.NDArray[Any]]
-Engine = Callable[[Mapping[str, npt.NDArray[Any]]], Trace]
+from prover.prove import Engine
 
 
 @dataclass(frozen=True)

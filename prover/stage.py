@@ -25,7 +25,8 @@ from proof import bundle
 from proof.errors import Malformed, Unavailable
 from proof.messages import Reward
 from prover.client import Client, terms
-from prover.sidecar import Engine, serve
+from prover.prove import Engine
+from prover.sidecar import serve
 
 START = 60.0  # seconds for the service to come up
 STOP = 20.0

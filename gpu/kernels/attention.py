@@ -171,10 +171,10 @@ def _softmax(score, doubt, allowed, form, weight, half):  # type: ignore[no-unty
 def _running(score, doubt, allowed, form, exponential, weight, half):  # type: ignore[no-untyped-def]
     """Weights of the flash kernel scaled to the last maximum, their sum, and its relative error with the division's.
 
-    16-bit kernels take a fast exponential for whole vectors of keys and an exact one for those that are left at the
+    The kernel takes a fast exponential for whole vectors of keys and an exact one for those that are left at the
     end of a launch, of which a row does not say how many there were.
     """
-    n, end, fast = len(score), len(score) - 1, form[0] < 24
+    n, end = len(score), len(score) - 1
     while not allowed[end]:
         end -= 1
     top, top_doubt, total, spread = -np.inf, 0.0, 0.0, 0.0
@@ -195,11 +195,11 @@ def _running(score, doubt, allowed, form, exponential, weight, half):  # type: i
             if allowed[j]:
                 below = score[j] - top
                 room = doubt[j] + top_doubt - 2.0 * below * U32
-                exact = np.exp(below)
-                p, low, high = exact, exact * (1.0 - room - exponential), exact * (1.0 + room + exponential)
-                if fast:
-                    p, left, right = _fast_exp(below), _fast_exp(below - room), _fast_exp(below + room)
-                    low, high = (min(low, left), max(high, right)) if j > end - LANES else (left, right)
+                p, low, high = _fast_exp(below), _fast_exp(below - room), _fast_exp(below + room)
+                if j > end - LANES:
+                    exact = np.exp(below)
+                    low = min(low, exact * (1.0 - room - exponential))
+                    high = max(high, exact * (1.0 + room + exponential))
                 weight[j] = _round(p, form)
                 half[j] = max(_round(high, form) - weight[j], weight[j] - _round(low, form))
                 total += p

@@ -171,12 +171,13 @@ def _check_cache(call: Call, heads: Heads, position: int) -> None:
 
 
 def _interval(call: Call) -> Interval | None:
-    """The rows under a rounding profile; None where no profile says what a node does: a cache, float masks, softcap."""
+    """The rows under a rounding profile. None in fp32, where no bit is determined and `check` is closer, and where no
+    profile says what a node does: a cache, float masks, softcap."""
     site, heads, rows = call.site, heads_of(call.site), call.rows[0]
     out, mask = site.outputs[0], _spec(site, MASK)
     assert out is not None
     unsaid = heads.past or _spec(site, LENGTHS) is not None or site.node.attributes.get("softcap", 0.0)
-    if unsaid or out.dtype == np.float64 or (mask is not None and mask.dtype != np.bool_) or any(site.outputs[1:]):
+    if unsaid or FORMATS[out.dtype].p >= 24 or (mask is not None and mask.dtype != np.bool_) or any(site.outputs[1:]):
         return None
     profile = profile_of(call.policy)
     z, radius = np.empty((len(rows), out.width)), np.empty((len(rows), out.width))
@@ -193,7 +194,7 @@ def _interval(call: Call) -> Interval | None:
             allowed,
             _scale(call, q.shape[1]),
             eager=profile.attention == "eager",
-            units=(profile.sums(out.dtype, profile.scores), profile.sums(out.dtype), profile.exponentials(out.dtype)),
+            units=(profile.scores, profile.gamma, profile.exponential),
         )
         for target, values in zip((z, radius), found, strict=True):
             width = values.shape[1]

@@ -56,7 +56,7 @@ def _interval(call: Call) -> Interval | None:
         return None
     if call.claimed and spec.dtype == np.float32:
         return None
-    bias, gamma = _bias(call), profile_of(call.policy).sums(spec.dtype) * U32
+    bias, gamma = _bias(call), profile_of(call.policy).gamma * U32
     z, size = np.empty((len(rows), spec.width)), np.empty((len(rows), spec.width))
     for group in form.groups(rows):
         x, w = form.operands(group, call.inputs)

@@ -6,13 +6,14 @@ The network runs through its own `generate` with its own cache; only the choice 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from gpu.decoding import Settings, choose
 from gpu.plan import Model, Plan
@@ -46,6 +47,19 @@ class Rule(LogitsProcessor):  # type: ignore[misc]
             past = position >= settings.max_tokens
             chosen[row, self._end if past else choose(scores[row].cpu().numpy(), settings, position)] = 0.0
         return chosen
+
+
+def loaded(folder: Path, statement: Model, threads: int, attention: str) -> "Recorder":
+    """The network in a Transformers folder, as it stands. Raises Malformed where it is none, or not the statement's."""
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", attn_implementation=attention, local_files_only=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise Malformed(f"Transformers does not load {folder}: {error}") from error
+    return Recorder(network.eval(), statement)
 
 
 class Recorder:
