@@ -28,6 +28,7 @@ from bench import runs
 from bench.provenance import provenance
 from gpu import freivalds
 from gpu.kernels import entries
+from gpu.kernels.attention_radius import attend
 from gpu.ops import attention
 from gpu.ops.call import Call
 from gpu.ops.normalisation import root_mean_square
@@ -208,11 +209,13 @@ def free_swish(call: Call) -> tuple[Array, Array]:
 
 
 def free_attention(call: Call) -> tuple[Array, Array]:
-    q, k, v = (tensor.whole()[0].astype(np.float64) for tensor in call.inputs[:3] if tensor is not None)
+    q, k, v = (tensor.whole()[0] for tensor in call.inputs[:3] if tensor is not None)
     heads, tokens, width = q.shape
     unseen = np.where(np.tril(np.ones((tokens, tokens), np.bool_)), 0.0, -np.inf)
+    dtype = call.claimed[0].dtype
+    bounds = attention.bounds(call, width, tokens, dtype)
     parts = [
-        attention._attend(call, q[h], k[group], v[group], unseen, call.claimed[0].dtype)
+        attend(q[h].astype(np.float64), k[group], v[group], unseen, bounds, dtype)
         for h, group in enumerate(np.repeat(np.arange(len(k)), heads // len(k)))
     ]
     z, slack = (np.stack(part).reshape(-1, width) for part in zip(*parts, strict=True))

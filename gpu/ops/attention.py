@@ -264,14 +264,14 @@ def _check_rows(call: Call, q: Array, k: Values, v: Values, bias: Array, claimed
     empty: Any = lowest & ((claimed == 0).all(1) | (bias == -np.inf).all(1))
     z, slack = np.zeros(claimed.shape), np.zeros(claimed.shape)
     if not empty.all():
-        bounds = _bounds(call, q.shape[1], len(k), claimed.dtype)
-        z[~empty], slack[~empty] = attend(q[~empty], k, v, bias[~empty], bounds, claimed.dtype)
+        allowed = bounds(call, q.shape[1], len(k), claimed.dtype)
+        z[~empty], slack[~empty] = attend(q[~empty], k, v, bias[~empty], allowed, claimed.dtype)
     if not np.isfinite(slack).all():
         raise Rejected(Reason.NONFINITE, "NaN or infinity in keys or values, or scores overflow")
     return compare(claimed, z, slack)
 
 
-def _bounds(call: Call, width: int, keys: int, dtype: np.dtype) -> Bounds:
+def bounds(call: Call, width: int, keys: int, dtype: np.dtype) -> Bounds:
     """What honest kernels may do: sqrt(scale), q and k times it, the product and its scaling rounded to the dtype."""
     u, unit, soft = FORMATS[dtype].u, min(U32, FORMATS[dtype].u), _soft_unit(call, dtype)
     return Bounds(

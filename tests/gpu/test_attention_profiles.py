@@ -280,7 +280,7 @@ def test_the_kernel_of_the_radius_is_its_definition(dtype, softcap):
     bias = np.where(rng.random((5, 70)) < 0.3, -np.inf, rng.standard_normal((5, 70)))
     y = np.zeros((1, 1, 5, 40), dtype)
     run = assembled(Case("Attention", [x[None, None] for x in (q, k, v)], {"softcap": softcap}, opset=24), [y])
-    bounds = attention._bounds(call_of_any(run), 24, 70, dtype)
+    bounds = attention.bounds(call_of_any(run), 24, 70, dtype)
     wide = [x.astype(np.float64) for x in (q, k, v)]
     for found, wanted in zip(
         radius_of(wide[0], k, v, bias, bounds, dtype), radius_reference(*wide, bias, bounds, dtype), strict=True
