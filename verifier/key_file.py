@@ -70,7 +70,8 @@ def read(path: Path) -> Held:
     id_, model_id, terms = _stated(metadata, KEY, path)
     if digest != _digest(metadata, tensors).hex():
         raise Malformed(f"{path} is damaged: its digest is not that of its content")
-    key = _key(_model(_taken(tensors, "graph", np.uint8), model_id), _taken(tensors, "seed", np.uint8), tensors)
+    graph, numbers = _taken(tensors, "graph", np.uint8), _taken(tensors, "nodes", np.int64)
+    key = _key(_model(graph, numbers, model_id), _taken(tensors, "seed", np.uint8), tensors)
     if key.id != id_:
         raise Malformed(f"{path}: the key's id is not that of its seed and model")
     return Held(key, terms)
@@ -123,7 +124,8 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> bytes:
 
 
 def _tensors(key: Key) -> dict[str, Array]:
-    tensors = {"graph": _hollow(key), "seed": np.frombuffer(key.seed, np.uint8)}
+    numbers = np.array([node.index for node in key.model.nodes], np.int64)
+    tensors = {"graph": _hollow(key), "nodes": numbers, "seed": np.frombuffer(key.seed, np.uint8)}
     for number, part in enumerate(key.parts.values()):
         if isinstance(part, Table):
             tensors[f"{number}/sums"] = part.sums
@@ -163,8 +165,11 @@ def _hollow(key: Key) -> Array:
     return np.frombuffer(proto.SerializeToString(deterministic=True), np.uint8)
 
 
-def _model(graph: Array, id_: bytes) -> Model:
-    """The model of a key: weights that it stands for have a dtype and a shape, and zeros that nothing reads."""
+def _model(graph: Array, numbers: Array, id_: bytes) -> Model:
+    """The model of a key: weights that it stands for have a dtype and a shape, and zeros that nothing reads.
+
+    Nodes keep their numbers, which name what is drawn for them, though those that were folded are left out.
+    """
     proto = load(graph.tobytes())
     hollow = {value.name for value in proto.graph.input if value.doc_string == HOLLOW}
     read = graph_of(proto)
@@ -173,7 +178,10 @@ def _model(graph: Array, id_: bytes) -> Model:
         if given.name in hollow:
             weights[given.name] = np.broadcast_to(np.zeros((), given.dtype), tuple(map(_size, given.shape)))
     inputs = tuple(given for given in read.inputs if given.name not in hollow)
-    model = Model.of(replace(read, id=id_, weights=weights, inputs=inputs))
+    if len(numbers) != len(read.nodes):
+        raise Malformed(f"nodes: {len(numbers)} numbers for {len(read.nodes)} nodes")
+    nodes = tuple(replace(node, index=number) for node, number in zip(read.nodes, numbers.tolist(), strict=True))
+    model = Model.of(replace(read, id=id_, nodes=nodes, weights=weights, inputs=inputs))
     if {role.weight for role in roles(model).values()} != hollow:
         raise Malformed("graph: a weight without values is used otherwise than a key can check")
     return model
@@ -184,7 +192,7 @@ def _key(model: Model, seed: Array, tensors: Mapping[str, Array]) -> Key:
     if len(seed) != SEED_BYTES:
         raise Malformed(f"seed: not {SEED_BYTES} bytes")
     found: dict[Role, Matrix | Table] = {}
-    names = {"graph", "seed"}
+    names = {"graph", "nodes", "seed"}
     for number, role in enumerate(dict.fromkeys(wanted.values())):
         members = {}
         for name, (dtype, shape) in _forms(model, role).items():

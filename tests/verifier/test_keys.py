@@ -164,6 +164,32 @@ def test_what_needs_no_weights_is_checked_as_ever(place):
     assert (verdict.reason, verdict.node) == (Reason.REEXECUTION, "layer0.softmax")
 
 
+def attending():
+    """Attention whose node comes after two that are folded: its heads are drawn by its number."""
+    write, parts = world.Writer(5), {}
+    for name in ("spare", "parted"):
+        value = numpy_helper.from_array(np.array([0, 0, 8, 4]))
+        write.nodes.append(helper.make_node("Constant", [], [name], name=name, value=value))
+    for part in "qkv":
+        flat = write.op("MatMul", "x", write.weight(f"w{part}", 32, 32, scale=32**-0.5), to=part)
+        split = write.op("Reshape", flat, "parted", to=f"{part}.split")
+        parts[part] = write.op("Transpose", split, to=f"{part}.heads", perm=[0, 2, 1, 3])
+    write.op("Attention", *parts.values(), to="y", is_causal=1)
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", [1, 24, 32]), ("y", [1, 8, 24, 4]))
+    )
+    return world.of(write.model([x], [y], opset=23), {"x": write.rng.standard_normal((1, 24, 32)).astype(np.float32)})
+
+
+def test_nodes_keep_their_numbers_where_others_are_folded(place):
+    subject = attending()
+    assert len(subject.model.folded) == 2
+    keys.create(place, subject.model, TERMS)
+    assert [node.index for node in keys.read(place).key.model.nodes] == [node.index for node in subject.model.nodes]
+    assert judge(place, subject, subject.run()).verdict == "accepted"
+
+
 # ---- retirement
 
 
