@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 # One thread of BLAS: on a busy machine more threads wait for each other (bench/README.md).
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo demo-llm test bench vacuity honest detection adversary lint clean
+.PHONY: demo demo-llm test bench bench-decoders vacuity honest detection adversary lint clean
 
+BENCH := $(BIN)/python -m pytest -q --benchmark-only --benchmark-columns=min,median,rounds
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
@@ -40,7 +41,10 @@ test: lint
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=min,median,rounds --benchmark-json=bench/results/bench.json
+	$(BENCH) --benchmark-json=bench/results/bench.json bench/bench_minilm.py bench/bench_freivalds.py bench/bench_hashing.py
+
+bench-decoders: $(VENV)/test.stamp
+	$(BENCH) --benchmark-json=bench/results/decoders.json bench/bench_generation.py bench/bench_attention.py bench/bench_keyed.py
 
 vacuity: $(VENV)/test.stamp
 	$(BIN)/python bench/vacuity.py
