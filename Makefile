@@ -44,7 +44,7 @@ bench: $(VENV)/test.stamp
 	$(BENCH) --benchmark-json=bench/results/bench.json bench/bench_minilm.py bench/bench_freivalds.py bench/bench_hashing.py
 
 bench-decoders: $(VENV)/test.stamp
-	$(BENCH) --benchmark-json=bench/results/decoders.json bench/bench_generation.py bench/bench_attention.py bench/bench_keyed.py
+	$(BENCH) --benchmark-json=bench/results/decoders.json bench/bench_generation.py bench/bench_verification.py bench/bench_attention.py bench/bench_keyed.py
 
 vacuity: $(VENV)/test.stamp
 	$(BIN)/python bench/vacuity.py
