@@ -2,7 +2,8 @@
 
 Decode(logits (n, V), answer (n,), temperature (), top_k (), top_p (), seed (32,), max_tokens ()) -> (n, 1). The answer
 is the worker's to give, as what was fed back while it was written; this node ties it to the logits. It ends with a
-token of the attribute `eos` or has max_tokens tokens, and no such token comes before.
+token of the attribute `eos` or has max_tokens tokens, and no such token comes before. A row of logits is replayed at
+little cost, so several are drawn where other nodes have one: a text from elsewhere is wrong in some tokens only.
 """
 
 from collections.abc import Mapping
@@ -14,10 +15,18 @@ from gpu.decoding import Settings, admitted
 from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, every_row
 from proof.errors import Malformed, Reason, Rejected
 from proof.graph import Node, Spec
-from proof.sampling import SEED_BYTES
+from proof.policy import Policy
+from proof.sampling import SEED_BYTES, drawn
 
 INPUTS = ("logits", "answer", "temperature", "top_k", "top_p", "seed", "max_tokens")
 LOGITS, ANSWER = 0, 1
+DRAWS = 4  # for each that the policy has of a tensor's rows
+
+
+def _sample(site: Site, policy: Policy, seed: bytes) -> RowIds:
+    out = site.outputs[0]
+    assert out is not None
+    return drawn(seed, policy.rows and DRAWS * policy.rows, out.rows)
 
 
 def _reach(site: Site, position: int, rows: RowIds) -> Mapping[int, RowIds]:
@@ -93,6 +102,12 @@ def _infer(node: Node, inputs: tuple[Spec | None, ...]) -> tuple[Spec, ...]:
 
 OPS: dict[tuple[str, str], Op] = {
     ("assay", "Decode"): Op(
-        family=Family.DECODING, reach=_reach, check=_check, refuses=_refuses, infer=_infer, answers=(ANSWER,)
+        family=Family.DECODING,
+        reach=_reach,
+        check=_check,
+        refuses=_refuses,
+        infer=_infer,
+        sample=_sample,
+        answers=(ANSWER,),
     ),
 }

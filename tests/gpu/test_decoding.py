@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from gpu.decoding import Settings, admitted, choose
 from gpu.ops.registry import REGISTRY
 from proof.errors import Malformed, Reason, Rejected
+from proof.policy import policy
 from proof.sampling import gumbels
 from tests.gpu.nodes import BF16, Case, accepted_forgeries, assembled, check, sampled
 
@@ -135,6 +136,14 @@ def test_greedy_takes_the_first_of_equals_and_admits_the_others():
     row = np.array([1.0, 5.0, 2.0, 5.0], np.float32)
     assert choose(row, GREEDY, 0) == 1
     assert admitted(row, GREEDY, 0).tolist() == [1, 3]
+
+
+def test_four_rows_are_drawn_for_each_of_a_policy_and_the_last_one():
+    site = worker_of(case(np.random.default_rng(8), 4000)).site
+    rows = REGISTRY[DOMAIN, OP].sample(site, policy("spot"), SEED)
+    assert 12 < len(rows) <= 17
+    assert rows[-1] == 3999
+    assert len(REGISTRY[DOMAIN, OP].sample(site, policy("full"), SEED)) == 4000
 
 
 def test_a_tie_is_counted():
