@@ -68,6 +68,7 @@ def parts(model, proof, rules):
     for family in dict.fromkeys(str(registry_row(node).family) for node in plan.nodes):
         nodes = tuple(node for node in plan.nodes if str(registry_row(node).family) == family)
         started = perf_counter()
-        checks.nodes(proof, replace(plan, nodes=nodes), chosen, rules, world.CHECK_SEED, checks.Coverage())
+        means = checks.Means(rules, world.CHECK_SEED)
+        checks.nodes(proof, replace(plan, nodes=nodes), chosen, means, checks.Coverage())
         spent[family] = perf_counter() - started
     return {part: round(1e3 * seconds / (rules.rows + 1), 2) for part, seconds in spent.items()}

@@ -21,12 +21,12 @@ Words = npt.NDArray[np.uint64]
 Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
 
-_LN_2 = float.fromhex("0x1.62e42fefa39efp-1")
-_HALF_PI = float.fromhex("0x1.921fb54442d18p+0")
+LN_2 = float.fromhex("0x1.62e42fefa39efp-1")
+HALF_PI = float.fromhex("0x1.921fb54442d18p+0")
 # Taylor coefficients in the argument's square, highest first: 2 atanh(s) / s, cos(x), sin(x) / x.
-_ATANH = [2 / (2 * k + 1) for k in range(11, -1, -1)]
-_COS = [(-1) ** k / factorial(2 * k) for k in range(9, -1, -1)]
-_SIN = [(-1) ** k / factorial(2 * k + 1) for k in range(9, -1, -1)]
+ATANH = [2 / (2 * k + 1) for k in range(11, -1, -1)]
+COS = [(-1) ** k / factorial(2 * k) for k in range(9, -1, -1)]
+SIN = [(-1) ** k / factorial(2 * k + 1) for k in range(9, -1, -1)]
 
 
 def xof(seed: bytes, label: str, nbytes: int) -> bytes:
@@ -127,7 +127,7 @@ def _log(x: Float64s) -> Float64s:
     low = m * m < 0.5
     m, e = np.where(low, m + m, m), e - low
     s = (m - 1) / (m + 1)
-    result: Float64s = e * _LN_2 + s * np.polyval(_ATANH, s * s)
+    result: Float64s = e * LN_2 + s * np.polyval(ATANH, s * s)
     return result
 
 
@@ -135,8 +135,8 @@ def _circle(turns: Words) -> Float64s:
     """Points (n, 2) on the unit circle at `turns` / 2^53 of a turn, counted from -pi/4."""
     quarter = turns >> np.uint64(51)
     part = (turns & np.uint64(2**51 - 1)).astype(np.float64) * 2.0**-51
-    x = (part - 0.5) * _HALF_PI
-    cos, sin = np.polyval(_COS, x * x), x * np.polyval(_SIN, x * x)
+    x = (part - 0.5) * HALF_PI
+    cos, sin = np.polyval(COS, x * x), x * np.polyval(SIN, x * x)
     odd, back = quarter % 2 == 1, quarter >= 2
     point = np.stack([np.where(odd, -sin, cos), np.where(odd, cos, sin)], axis=1)
     return np.where(back[:, None], -point, point)

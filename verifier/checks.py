@@ -7,6 +7,7 @@ import numpy as np
 
 from gpu import hashing
 from gpu.boundary import committed
+from gpu.clearing.stand import Stand
 from gpu.keys import Key
 from gpu.ops.call import Call, Measure, Op, Tensor
 from gpu.plan import Model, Plan, registry_row
@@ -116,15 +117,16 @@ def selected(proof: Proof, chosen: Selection) -> None:
             raise Rejected(Reason.SELECTION, f"{name!r}: {found} rows opened where {len(rows)} are selected")
 
 
-def openings(proof: Proof, plan: Plan, chosen: Selection) -> None:
+def openings(proof: Proof, plan: Plan, chosen: Selection, stand: Stand | None = None) -> None:
     """Every opened row lies under the committed root of its tensor."""
     roots = {claim.name: claim.root for claim in proof.commitment.tensors}
-    for name, rows in chosen.opened.items():
-        opening = proof.openings[name]
+    opened = [proof.openings[name].rows for name in chosen.opened]
+    digests = map(hashing.row_digests, opened) if stand is None else stand.row_digests(opened)
+    for (name, rows), found in zip(chosen.opened.items(), digests, strict=True):
         if not len(rows) and plan.specs[name].rows:
             raise Rejected(Reason.SELECTION, f"{name!r}: nothing of it is opened")
-        digests = hashing.row_digests(opening.rows)
-        if hashing.multiproof_root(plan.specs[name].rows, rows, digests, opening.siblings) != roots[name]:
+        siblings = proof.openings[name].siblings
+        if hashing.multiproof_root(plan.specs[name].rows, rows, found, siblings) != roots[name]:
             raise Rejected(Reason.OPENING, f"{name!r}: the opened rows do not lead to its committed root")
 
 
@@ -146,28 +148,43 @@ def ends(proof: Proof, plan: Plan, task: Task | None) -> None:
                 raise Rejected(Reason.REEXECUTION, f"{name!r} is not what the shapes give", node.name)
 
 
-def nodes(
-    proof: Proof,
-    plan: Plan,
-    chosen: Selection,
-    rules: Policy,
-    seed: bytes,
-    coverage: Coverage,
-    key: Key | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Means:
+    """What nodes are checked with: rules, the check seed, and a secret key or a device where there is one."""
+
+    rules: Policy
+    seed: bytes
+    key: Key | None = None
+    stand: Stand | None = None
+
+
+def nodes(proof: Proof, plan: Plan, chosen: Selection, means: Means, coverage: Coverage) -> None:
     """Every node, by the check of its registry row, from the committed bits it consumed to those it produced."""
     tensors = _tensors(proof, plan, chosen)
+    if means.stand is not None:
+        _offer(plan, chosen, tensors, means, means.stand)
     for node in plan.nodes:
         if not all(name in plan.derived for name in node.outputs if name):
             try:
                 if chosen.replayed.keys() & set(node.outputs):
-                    _replay(node, plan, chosen, tensors, rules)
+                    _replay(node, plan, chosen, tensors, means.rules)
                 else:
-                    measure = _node(node, plan, chosen, tensors, rules, seed, key)
+                    cleared = means.stand and means.stand.cleared(node.index)
+                    measure = cleared or _node(node, plan, chosen, tensors, means)
                     coverage.add(str(registry_row(node).family), measure)
             except Rejected as rejection:
                 raise Rejected(rejection.reason, f"{node}: {rejection.detail}", node.name) from rejection
         coverage.nodes += 1
+
+
+def _offer(plan: Plan, chosen: Selection, tensors: dict[str, Tensor], means: Means, stand: Stand) -> None:
+    """Let the device work on all nodes at once; its kernels are of strength F and know no key."""
+    if means.key or means.rules.profile is not None:
+        return
+    for node in plan.nodes:
+        if not all(name in plan.derived for name in node.outputs if name):
+            with own_fault(node):
+                stand.offer(registry_row(node), _call(node, plan, chosen, tensors, means))
 
 
 def _tensors(proof: Proof, plan: Plan, chosen: Selection) -> dict[str, Tensor]:
@@ -178,38 +195,33 @@ def _tensors(proof: Proof, plan: Plan, chosen: Selection) -> dict[str, Tensor]:
     return tensors
 
 
-def _node(
-    node: Node,
-    plan: Plan,
-    chosen: Selection,
-    tensors: dict[str, Tensor],
-    rules: Policy,
-    seed: bytes,
-    key: Key | None,
-) -> Measure:
+def _call(node: Node, plan: Plan, chosen: Selection, tensors: dict[str, Tensor], means: Means) -> Call:
     none = np.zeros(0, np.int64)
     rows = tuple(chosen.checked.get(name, none) for name in node.outputs)
     claimed = tuple(
         tensors[name].take(chosen.checked[name]) if name in chosen.checked else np.zeros((0, 0), np.float32)
         for name in node.outputs
     )
-    op = registry_row(node)
-    call = Call(
+    return Call(
         site=plan.sites[node.index],
         inputs=tuple(tensors[name] if name else None for name in node.inputs),
         rows=rows,
         claimed=claimed,
-        policy=rules,
-        draw=Draw(seed, f"node/{node.index}"),
+        policy=means.rules,
+        draw=Draw(means.seed, f"node/{node.index}"),
         outputs=tuple(tensors[name] if name else None for name in node.outputs),
     )
+
+
+def _node(node: Node, plan: Plan, chosen: Selection, tensors: dict[str, Tensor], means: Means) -> Measure:
+    op, call = registry_row(node), _call(node, plan, chosen, tensors, means)
     with own_fault(node):
         closing = any(name in chosen.replayed for name in node.inputs)
-        if key and node.index in key.roles:
-            measure = key.check(call)
+        if means.key and node.index in means.key.roles:
+            measure = means.key.check(call)
         else:
             measure = _close(op, call) if closing else _judge(op, call)
-    expected = sum(values.size for values in claimed)
+    expected = sum(values.size for values in call.claimed)
     if measure.entries != expected:
         raise RuntimeError(f"{node}: the check covered {measure.entries} of {expected} entries")
     return measure

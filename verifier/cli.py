@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from gpu.clearing.stand import shelf_of
+from gpu.device import select
 from proof.errors import Malformed
 from verifier.blobs import Blobs
 from verifier.children import end_with_parent
@@ -38,7 +40,9 @@ def work(
     store, blobs = Store(settings.database), Blobs(settings.data / "blobs")
     store.create()
     signer = Signer.open(settings.key or settings.default_key)
-    bench = Bench(store, blobs, Library(store, blobs), signer, settings, time.time)
+    shelf = shelf_of(select(settings.device))
+    logging.getLogger(__name__).info("checking on %s", shelf.device.name if shelf else "the CPU")
+    bench = Bench(store, blobs, Library(store, blobs), signer, settings, time.time, shelf)
     if with_parent:
         end_with_parent()
     run_jobs(settings.redis, {JUDGE: bench.judge})

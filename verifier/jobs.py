@@ -12,6 +12,7 @@ from threading import Event as Signal
 from threading import Thread
 from time import perf_counter
 
+from gpu.clearing.stand import Shelf
 from gpu.plan import Model
 from proof.bundle import Proof, read_proof
 from proof.errors import Malformed, Unavailable
@@ -41,6 +42,7 @@ class Bench:
     signer: Signer
     settings: Settings
     clock: Callable[[], float]
+    shelf: Shelf | None = None  # of the device that checks, where there is one
 
     def judge(self, task: str) -> None:
         """Bring a task from `checking` to `attested`, or as far as this process gets."""
@@ -74,7 +76,7 @@ class Bench:
             raise Unavailable(f"the stored proof does not read: {error}") from error
         model = self.library.model(case.task.model)
         started = perf_counter()
-        verdict = decide(case, proof, model)
+        verdict = decide(case, proof, model, self.shelf)
         seconds = perf_counter() - started
         self.store.judge(task, owner, verdict, seconds, self.clock())
         log.info("%s task=%s seconds=%.3f reason=%s", verdict.verdict, task, seconds, verdict.reason)
@@ -103,7 +105,7 @@ class Bench:
             beats.join()
 
 
-def decide(case: Case, proof: Proof, model: Model) -> Verdict:
+def decide(case: Case, proof: Proof, model: Model, shelf: Shelf | None = None) -> Verdict:
     """The verdict on a proof file in the case that it was uploaded for."""
     recorded = (case.commitment, case.challenge)
-    return verify(proof, model, case.check_seed, task=case.task, recorded=recorded)
+    return verify(proof, model, case.check_seed, task=case.task, recorded=recorded, shelf=shelf)

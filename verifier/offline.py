@@ -1,5 +1,6 @@
 """Commands of an auditor, who needs files and nothing else: challenge, verify."""
 
+import os
 import secrets
 import time
 from pathlib import Path
@@ -9,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gpu.clearing.stand import shelf_of
+from gpu.device import select
 from gpu.plan import Model
 from proof import bundle
 from proof.digest import canonical
@@ -17,6 +20,7 @@ from proof.errors import Malformed
 from proof.messages import MAX_MESSAGE_BYTES, Challenge, Commitment, Verdict
 from proof.policy import policy
 from verifier import keys
+from verifier.settings import Settings
 from verifier.verify import verify
 
 cli = typer.Typer()
@@ -68,7 +72,8 @@ def verify_(
             verdict = keys.judge(key, given, drawn, time.time())
         else:
             assert model is not None
-            verdict = verify(given, model, drawn, task=given.task)
+            shelf = shelf_of(select(Settings.from_env(os.environ).device))
+            verdict = verify(given, model, drawn, task=given.task, shelf=shelf)
     if as_json:
         out.print_json(data=verdict.to_json())
     else:

@@ -18,6 +18,7 @@ class Settings:
     lease: float = 20.0  # seconds that a worker process may be silent before its task goes to another
     attempts: int = 5  # before a task without verdict stalls
     validity: int = 30 * 86_400  # seconds that an attestation is valid
+    device: str = "auto"  # where worker processes check: cpu, cuda, or the CUDA device if there is one
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], data: Path | None = None) -> "Settings":
@@ -32,6 +33,7 @@ class Settings:
             lease=_number(environ, "ASSAY_LEASE_SECONDS", cls.lease),
             attempts=int(_number(environ, "ASSAY_ATTEMPTS", cls.attempts)),
             validity=int(_number(environ, "ASSAY_ATTESTATION_SECONDS", cls.validity)),
+            device=environ.get("ASSAY_DEVICE", cls.device),
         )
 
     @property

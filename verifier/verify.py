@@ -3,6 +3,7 @@
 Steps are numbered as in prover/prove.py.
 """
 
+from gpu.clearing.stand import Shelf, Stand
 from gpu.keys import Key
 from gpu.plan import Model
 from gpu.reach import selection
@@ -21,14 +22,17 @@ def verify(
     task: Task | None,
     recorded: checks.Recorded | None = None,
     key: Key | None = None,
+    shelf: Shelf | None = None,
 ) -> Verdict:
     """Decide whether `proof` shows a run of `model`. Reads and writes nothing else.
 
     `task` and `recorded` are the verifier's own word on what was asked and committed to; where there is no record, as
     in a file checked offline, the proof is held to what it says of itself. `seed` (32 bytes) must have been drawn after
-    the proof was fixed. With a `key`, whose model is `model`, products are checked by it and without weights. Returns a
-    verdict either way. Raises Malformed for a policy that is not known, or that a key is no help with; lets Unavailable
-    through: a fault of ours is no verdict.
+    the proof was fixed. With a `key`, whose model is `model`, products are checked by it and without weights. With a
+    `shelf`, its device clears what it can; the verdict is the same.
+
+    Returns a verdict either way. Raises Malformed for a policy that is not known, or that a key is no help with; lets
+    Unavailable through: a fault of ours is no verdict.
     """
     # 1 ---- policy: the challenge names a policy that we know
     commitment, challenge = recorded or (proof.commitment, proof.challenge)
@@ -45,11 +49,12 @@ def verify(
         chosen = selection(plan, proof.challenge, checks.held(proof, plan))
         checks.selected(proof, chosen)
         # 4 ---- openings: every opened row lies under the committed root
-        checks.openings(proof, plan, chosen)
+        stand = Stand(shelf, len(model.graph.nodes)) if shelf else None
+        checks.openings(proof, plan, chosen, stand)
         # 5 ---- ends: inputs are the task's; what follows from shapes alone is what we compute
         checks.ends(proof, plan, task)
         # 6 ---- nodes: every node of the graph, by the check of its registry row
-        checks.nodes(proof, plan, chosen, rules, seed, coverage, key)
+        checks.nodes(proof, plan, chosen, checks.Means(rules, seed, key, stand), coverage)
     except Rejected as failure:
         rejection = failure
     return Verdict(

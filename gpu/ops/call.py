@@ -6,7 +6,7 @@ Rows of a tensor of shape (..., c) are numbered in C order; `RowIds` are sorted 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ from gpu.rounding import Interval
 from proof.graph import Node, Spec
 from proof.policy import Policy
 from proof.sampling import Draw
+
+if TYPE_CHECKING:
+    from gpu.clearing.stand import Stand
 
 RowIds = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -42,13 +45,17 @@ class Tensor:
 
         A row that was not opened is a bug in `reach`: KeyError, never a verdict.
         """
+        return self.data[self.places(rows)]
+
+    def places(self, rows: RowIds) -> RowIds:
+        """Where rows lie in `data`. Raises KeyError as `take` does."""
         if self.index is None:
-            return self.data[rows]
+            return rows
         at = np.searchsorted(self.index, rows)
         at = np.minimum(at, max(len(self.index) - 1, 0))
         if len(rows) and (not len(self.index) or (self.index[at] != rows).any()):
             raise KeyError("a row that was not opened")
-        return self.data[at]
+        return at
 
     def elements(self, flat: npt.NDArray[np.int64]) -> Array:
         """Elements by flat C-order index, in the shape of `flat`."""
@@ -122,7 +129,8 @@ class Op:
     for ops of other domains than ai.onnx, whose schemas the onnx package does not have.
     `interval`: what output 0 may be under the profile of the call's policy, from inputs alone; None where `check` is
     the way. `sample`: rows to check instead of those that every tensor of as many rows opens. `answers`: graph inputs
-    that are the worker's to give, because this node ties them to the rest.
+    that are the worker's to give, because this node ties them to the rest. `clear`: has a device judge the claims of a
+    call into a mark (kernels/judge.cuh), by the same formula as `check`; False where it has no kernel for them.
     """
 
     family: Family
@@ -135,6 +143,7 @@ class Op:
     interval: Callable[[Call], Interval | None] | None = None
     sample: Sample | None = None
     answers: tuple[int, ...] = ()
+    clear: Callable[[Call, "Stand", Any], bool] | None = None
 
 
 def every_row(spec: Spec) -> RowIds:

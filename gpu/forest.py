@@ -1,0 +1,117 @@
+"""Many tensors at once on a device: row digests in one launch, and a launch for each level of all their trees.
+
+Bit for bit what gpu/hashing.py makes of the same rows; only digests travel to the host.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu.blake3 import CHUNK, DIGEST
+from gpu.device import Device, Memory
+from gpu.hashing import Levels
+from gpu.resident import Resident, Segment, digest_table
+from proof.digest import KEYS, Tag, tagged
+
+Bytes = npt.NDArray[np.uint8]
+Array = npt.NDArray[Any]
+
+THREADS = 128
+ROOM = 512  # chunks of a row that a block reduces at once (kernels/rows.cu)
+CROWD = 256  # chunks that keep a block's threads busy twice over
+
+
+def row_digests(residents: Sequence[Resident]) -> list[Bytes]:
+    """Digests (rows, 32) of each tensor, all on one device."""
+    if not residents:
+        return []
+    device, sizes = residents[0].device, [resident.rows for resident in residents]
+    starts = [0, *accumulate(sizes)]
+    leaves = device.empty((starts[-1], DIGEST), np.uint8)
+    digest(device, _segments(residents, starts), leaves)
+    found = device.numpy(leaves)
+    return [found[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+
+
+def plant(residents: Sequence[Resident]) -> list[Levels]:
+    """The tree over the rows of each tensor, all on one device, as gpu/hashing.py has them."""
+    if not residents:
+        return []
+    device, sizes = residents[0].device, [resident.rows for resident in residents]
+    starts = tree_starts(sizes)
+    nodes = device.empty((starts[-1], DIGEST), np.uint8)
+    digest(device, _segments(residents, starts), nodes)
+    return grow(device, sizes, nodes)
+
+
+def digest(device: Device, segments: Sequence[tuple[Segment, int]], leaves: Memory) -> None:
+    """Write the digests of rows to `leaves` (n, 32); with each segment goes the leaf at which its tensor begins."""
+    held = [(segment, first) for segment, first in segments if segment.rows]
+    if not held:
+        return
+    rows = [_rows_a_block(segment.width) for segment, _ in held]
+    table, blocks = digest_table([segment for segment, _ in held], [first for _, first in held], rows)
+    device.launch(
+        *("rows", "digest_rows", blocks, THREADS),
+        *(device.array(table), np.int32(len(table)), _key(device, Tag.ROW), leaves),
+    )
+
+
+def tree_starts(sizes: Sequence[int]) -> list[int]:
+    """Where in one buffer the nodes of each tree begin, leaves first, and where the last one ends."""
+    return [0, *accumulate(sum(_level_sizes(size)) for size in sizes)]
+
+
+def grow(device: Device, sizes: Sequence[int], nodes: Memory) -> list[Levels]:
+    """Hash the levels above the leaves of every tree of a buffer that `tree_starts` lays out, and fetch them all."""
+    starts, levels = tree_starts(sizes), [_level_sizes(size) for size in sizes]
+    key, children = _key(device, Tag.NODE), list(starts[:-1])
+    for height in range(1, max(map(len, levels), default=1)):
+        lines, thread = [], 0
+        for tree, own in enumerate(levels):
+            if height < len(own):
+                parents = children[tree] + own[height - 1]
+                lines.append((thread, children[tree], own[height - 1], parents))
+                children[tree] = parents
+                thread += own[height]
+        device.launch(
+            *("tree", "grow_level", -(-thread // THREADS), THREADS),
+            *(device.array(np.array(lines, np.int64)), np.int32(len(lines)), np.int64(thread), key, nodes),
+        )
+    found = device.numpy(nodes)
+    return [list(_cut(found, *tree)) for tree in zip(starts, levels, strict=False)]
+
+
+def _level_sizes(size: int) -> list[int]:
+    """Nodes of each level, leaves first; none where there are no leaves."""
+    sizes = [size] if size else []
+    while size > 1:
+        size = (size + 1) // 2
+        sizes.append(size)
+    return sizes
+
+
+def _cut(nodes: Bytes, start: int, sizes: list[int]) -> Iterator[Bytes]:
+    if not sizes:
+        yield np.frombuffer(tagged(Tag.NODE, b""), np.uint8).reshape(1, DIGEST)
+    for size in sizes:
+        yield nodes[start : start + size]
+        start += size
+
+
+def _segments(residents: Sequence[Resident], starts: Sequence[int]) -> list[tuple[Segment, int]]:
+    return [
+        (segment, start) for resident, start in zip(residents, starts, strict=False) for segment in resident.segments
+    ]
+
+
+def _rows_a_block(width: int) -> int:
+    chunks = max(1, -(-width // CHUNK))
+    return 1 if chunks > ROOM else max(1, CROWD // chunks)
+
+
+def _key(device: Device, tag: Tag) -> Memory:
+    return device.array(np.frombuffer(KEYS[tag], np.uint32))
