@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gpu.blake3 import CHUNK, DIGEST
 from gpu.device import Device, Memory
 from gpu.hashing import Levels
-from gpu.resident import Resident, Segment, digest_table
+from gpu.resident import Resident, Segment
 from proof.digest import KEYS, Tag, tagged
 
 Bytes = npt.NDArray[np.uint8]
@@ -52,8 +52,7 @@ def digest(device: Device, segments: Sequence[tuple[Segment, int]], leaves: Memo
     held = [(segment, first) for segment, first in segments if segment.rows]
     if not held:
         return
-    rows = [_rows_a_block(segment.width) for segment, _ in held]
-    table, blocks = digest_table([segment for segment, _ in held], [first for _, first in held], rows)
+    table, blocks = _table(held)
     device.launch(
         *("rows", "digest_rows", blocks, THREADS),
         *(device.array(table), np.int32(len(table)), _key(device, Tag.ROW), leaves),
@@ -108,9 +107,18 @@ def _segments(residents: Sequence[Resident], starts: Sequence[int]) -> list[tupl
     ]
 
 
-def _rows_a_block(width: int) -> int:
-    chunks = max(1, -(-width // CHUNK))
-    return 1 if chunks > ROOM else max(1, CROWD // chunks)
+def _table(segments: Sequence[tuple[Segment, int]]) -> tuple[Array, int]:
+    """What kernels/rows.cu is told of each segment, and how many blocks of threads they take together."""
+    own = [(s.address, *s.dims, *s.strides, s.width, first + s.first, *s.places, 0, 0, 0, 0) for s, first in segments]
+    table = np.array(own, np.int64)
+    rows, chunks = table[:, 1:4].prod(axis=1), np.maximum(-(-table[:, 7] // CHUNK), 1)
+    if rows.max() >= 2**31:
+        raise ValueError(f"a segment of {rows.max()} rows")
+    a_block = np.maximum(CROWD // chunks, 1)
+    ends = (-(-rows // a_block)).cumsum()
+    table[1:, 12], table[:, 13] = ends[:-1], a_block
+    table[:, 4:7][table[:, 1:4] == 1] = 0  # what nothing is multiplied by may not count as misaligned
+    return table, int(ends[-1])
 
 
 def _key(device: Device, tag: Tag) -> Memory:

@@ -1,6 +1,6 @@
 """Tensors where an engine left them: rows somewhere on a device, in one piece or in many."""
 
-from collections.abc import Sequence
+from collections import defaultdict
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,7 +14,7 @@ Array = npt.NDArray[Any]
 RowIds = npt.NDArray[np.int64]
 Three = tuple[int, int, int]
 
-WARP_ROWS = 128  # threads of a block that gathers a row
+THREADS = 128
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,6 @@ class Segment:
     @property
     def rows(self) -> int:
         return prod(self.dims)
-
-    def places_of(self) -> RowIds:
-        """The tensor's row of each own row, in order."""
-        return self.first + self._grid(self.places)
-
-    def addresses(self) -> RowIds:
-        return self.address + self._grid(self.strides)
-
-    def _grid(self, steps: Three) -> RowIds:
-        i, j, k = (np.arange(count, dtype=np.int64) * step for count, step in zip(self.dims, steps, strict=True))
-        return (i[:, None, None] + j[:, None] + k).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -87,27 +76,24 @@ class Resident:
             return np.zeros((len(rows), self.width), self.dtype)
         found = self.device.empty((len(rows), size), np.uint8)
         at = self.device.array(self._addresses()[rows])
-        self.device.launch("gather", "gather_rows", len(rows), WARP_ROWS, at, np.int64(size), found)
+        self.device.launch("gather", "gather_rows", len(rows), THREADS, at, np.int64(size), found)
         return self.device.numpy(found).view(self.dtype)
 
     def numpy(self) -> Array:
         return self.take(np.arange(self.rows)).reshape(self.shape)
 
     def _addresses(self) -> RowIds:
-        addresses = np.empty(self.rows, np.int64)
+        alike = defaultdict(list)  # a generation has very many segments, of few forms
         for segment in self.segments:
-            addresses[segment.places_of()] = segment.addresses()
+            alike[segment.dims, segment.strides, segment.places].append((segment.first, segment.address))
+        addresses = np.empty(self.rows, np.int64)
+        for (dims, strides, places), starts in alike.items():
+            first, address = np.array(starts, np.int64).T
+            addresses[first[:, None] + _grid(dims, places)] = address[:, None] + _grid(dims, strides)
         return addresses
 
 
-def digest_table(segments: Sequence[Segment], firsts: Sequence[int], rows_a_block: Sequence[int]) -> tuple[Array, int]:
-    """The table of kernels/rows.cu, and how many blocks it takes. `firsts`: where each segment's tensor begins."""
-    table = np.zeros((len(segments), 16), np.int64)
-    blocks = 0
-    for line, segment, first, rows in zip(table, segments, firsts, rows_a_block, strict=True):
-        line[:14] = (
-            *(segment.address, *segment.dims, *segment.strides, segment.width),
-            *(first + segment.first, *segment.places, blocks, rows),
-        )
-        blocks += -(-segment.rows // rows)
-    return table, blocks
+def _grid(dims: Three, steps: Three) -> RowIds:
+    """(i, j, k) @ steps for each (i, j, k) of `dims`, in C order."""
+    i, j, k = (np.arange(count, dtype=np.int64) * step for count, step in zip(dims, steps, strict=True))
+    return (i[:, None, None] + j[:, None] + k).reshape(-1)

@@ -12,6 +12,7 @@
 #define __constant__ static
 #define __shared__ static
 #define __restrict__
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 

@@ -5,6 +5,7 @@ Arrays lie between canaries, so that a kernel that writes outside them is found.
 
 import ctypes
 import hashlib
+import re
 import subprocess
 import tempfile
 from functools import cache
@@ -20,6 +21,7 @@ BUILT = Path(__file__).parent / ".kernels"
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-w", "-shared", "-fPIC")
 BARRIERS = ("__sync", "__shfl", "__ballot", "__any", "__all")
 CANARY = 64
+KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\)')
 C_TYPES = {
     np.int32: ctypes.c_int32,
     np.uint32: ctypes.c_uint32,
@@ -92,7 +94,7 @@ class HostDevice:
         assert 0 < block <= 1024
         assert 0 < x < 2**31
         assert 0 < y < 2**16
-        parameters = source.kernels(file)[kernel].split(", ")
+        parameters = kernels(file)[kernel].split(", ")
         assert len(parameters) == len(args), f"{kernel} takes {parameters}"
         values = [self._argument(kernel, *pair) for pair in zip(parameters, args, strict=True)]
         failed = getattr(_library(file), f"host_{kernel}")(*map(ctypes.c_uint32, (x, y, block)), *values)
@@ -111,6 +113,14 @@ class HostDevice:
         return C_TYPES[SCALARS[kind]](value)
 
 
+@cache
+def kernels(file):
+    """The kernels of a file, with their parameters as written."""
+    command = ["g++", "-E", "-P", "-x", "c++", "-"]
+    expanded = subprocess.run(command, input=source.text(file), capture_output=True, text=True, check=True).stdout
+    return {name: " ".join(parameters.split()) for name, parameters in KERNEL.findall(expanded)}
+
+
 def _wrapper(name, parameters, alone):
     names = ", ".join(parameter.split()[-1].lstrip("*") for parameter in parameters.split(", "))
     return (
@@ -123,7 +133,7 @@ def _wrapper(name, parameters, alone):
 def _library(file):
     text = source.text(file)
     alone = "false" if any(word in text for word in BARRIERS) else "true"
-    wrappers = "".join(_wrapper(*kernel, alone) for kernel in source.kernels(file).items())
+    wrappers = "".join(_wrapper(*kernel, alone) for kernel in kernels(file).items())
     program = f'#include "{HEADER}"\n{text}\n{wrappers}'
     digest = hashlib.sha256((program + HEADER.read_text() + " ".join(FLAGS)).encode()).hexdigest()[:32]
     built = BUILT / f"{digest}.so"

@@ -12,7 +12,6 @@ FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17", "--fmad=false")
 
 _INCLUDE = re.compile(r'^#include "([a-z0-9_]+\.cuh)"\n', re.MULTILINE)
-_KERNEL = re.compile(r'extern "C" __\w+__ void (?:__launch_bounds__\((?:\d+)\) )?(\w+)\(([^)]*)\)')
 
 
 def files() -> list[str]:
@@ -23,11 +22,6 @@ def files() -> list[str]:
 def text(file: str) -> str:
     """The whole source of kernels/`file`.cu."""
     return _joined(f"{file}.cu", set())
-
-
-def kernels(file: str) -> dict[str, str]:
-    """The kernels of a file, with their parameters as written."""
-    return {name: " ".join(parameters.split()) for name, parameters in _KERNEL.findall(text(file))}
 
 
 def _joined(name: str, seen: set[str]) -> str:

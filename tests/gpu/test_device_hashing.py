@@ -1,5 +1,7 @@
 """Row digests and trees made on a device against those of the CPU, bit for bit: any width, stride, dtype and count."""
 
+from itertools import permutations
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from hypothesis import strategies as st
 from gpu import forest, hashing
 from gpu.resident import Resident, Segment
 
+KIB = 1024
 WIDTHS = [0, 1, 3, 28, 63, 64, 65, 127, 128, 1023, 1024, 1025, 2048, 3072, 3073, 8192, 28672]
-LONG = [512 * 1024, 512 * 1024 + 1, 600 * 1024 + 5, 1024 * 1024 + 64, 2100 * 1024]
+LONG = [KIB * 512, KIB * 512 + 1, KIB * 600 + 5, KIB * 1024, KIB * 1024 + 64, KIB * 2048, KIB * 2100]
 DTYPES = [np.bool_, np.int8, np.float16, ml_dtypes.bfloat16, np.float32, np.int64]
 
 
@@ -74,8 +77,31 @@ def test_the_steps_of_a_generation_are_one_tensor_of_heads_first_rows(device):
     resident = Resident(device, np.dtype(np.float32), whole.shape, tuple(segments))
     same(forest.plant([resident])[0], np.ascontiguousarray(whole))
     assert np.array_equal(resident.numpy(), whole)
-    rows = np.array([20, 0, 33, 33 - heads])
-    assert np.array_equal(resident.take(rows % 33), whole.reshape(-1, width)[rows % 33])
+    rows = np.array([20, 0, 32, 20, 10, 11])
+    assert np.array_equal(resident.take(rows), whole.reshape(-1, width)[rows])
+    assert resident.take(rows[:0]).shape == (0, width)
+
+
+@pytest.mark.parametrize("order", [*permutations(range(3))])
+@pytest.mark.parametrize("cut", [(slice(None),) * 3, (slice(1, 3), slice(None, None, -1), slice(0, 5, 2))], ids=str)
+def test_any_view_of_three_axes(device, order, cut):
+    """Rows of a permuted, sliced, turned view, described by its strides alone."""
+    whole = device.array(noise(4, 3, 5, 7, dtype=np.float32))
+    host = device.numpy(whole)
+    view = host[cut].transpose(*order, 3)
+    start = view.__array_interface__["data"][0] - host.__array_interface__["data"][0]
+    a, b, c = view.shape[:3]
+    segment = Segment(device.pointer(whole) + start, (a, b, c), view.strides[:3], 28, 0, (b * c, c, 1), whole)
+    resident = Resident(device, host.dtype, view.shape, (segment,))
+    same(forest.plant([resident])[0], view)
+    assert np.array_equal(resident.numpy(), view)
+
+
+def test_a_row_may_lie_once_for_many(device):
+    memory = device.array(noise(1, 40))
+    segment = Segment(device.pointer(memory), (2, 1, 3), (0, 0, 0), 40, 0, (3, 0, 1), memory)
+    resident = Resident(device, np.dtype(np.uint8), (6, 40), (segment,))
+    same(forest.plant([resident])[0], np.repeat(noise(1, 40), 6, axis=0))
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8, 16])
