@@ -4,7 +4,7 @@ Bit for bit what gpu/hashing.py makes of the same rows; only digests travel to t
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from proof.digest import KEYS, Tag, tagged
 
 Bytes = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
+RowIds = npt.NDArray[np.int64]
 
 THREADS = 128
 ROOM = 512  # chunks of a row that a block reduces at once (kernels/rows.cu)
@@ -61,42 +62,42 @@ def digest(device: Device, segments: Sequence[tuple[Segment, int]], leaves: Memo
 
 def tree_starts(sizes: Sequence[int]) -> list[int]:
     """Where in one buffer the nodes of each tree begin, leaves first, and where the last one ends."""
-    return [0, *accumulate(sum(_level_sizes(size)) for size in sizes)]
+    starts: list[int] = np.concatenate([[0], sum(_levels(sizes), np.zeros(len(sizes), np.int64)).cumsum()]).tolist()
+    return starts
 
 
 def grow(device: Device, sizes: Sequence[int], nodes: Memory) -> list[Levels]:
     """Hash the levels above the leaves of every tree of a buffer that `tree_starts` lays out, and fetch them all."""
-    starts, levels = tree_starts(sizes), [_level_sizes(size) for size in sizes]
-    key, children = _key(device, Tag.NODE), list(starts[:-1])
-    for height in range(1, max(map(len, levels), default=1)):
-        lines, thread = [], 0
-        for tree, own in enumerate(levels):
-            if height < len(own):
-                parents = children[tree] + own[height - 1]
-                lines.append((thread, children[tree], own[height - 1], parents))
-                children[tree] = parents
-                thread += own[height]
+    starts = tree_starts(sizes)
+    key, children = _key(device, Tag.NODE), np.array(starts[:-1], np.int64)
+    levels = list(_levels(sizes))
+    for count, above in pairwise(levels):
+        parents = children + count
+        lines = np.stack([above.cumsum() - above, children, count, parents], axis=1)[above > 0]
+        total = int(above.sum())
         device.launch(
-            *("tree", "grow_level", -(-thread // THREADS), THREADS),
-            *(device.array(np.array(lines, np.int64)), np.int32(len(lines)), np.int64(thread), key, nodes),
+            *("tree", "grow_level", -(-total // THREADS), THREADS),
+            *(device.array(lines), np.int32(len(lines)), np.int64(total), key, nodes),
         )
+        children = np.where(above > 0, parents, children)
     found = device.numpy(nodes)
-    return [list(_cut(found, *tree)) for tree in zip(starts, levels, strict=False)]
+    heights = np.array(levels).T.tolist()
+    return [list(_cut(found, *tree)) for tree in zip(starts, heights, strict=False)]
 
 
-def _level_sizes(size: int) -> list[int]:
-    """Nodes of each level, leaves first; none where there are no leaves."""
-    sizes = [size] if size else []
-    while size > 1:
-        size = (size + 1) // 2
-        sizes.append(size)
-    return sizes
+def _levels(sizes: Sequence[int]) -> Iterator[RowIds]:
+    """How many nodes each tree has on a level, leaves first; 0 above its root."""
+    count = np.array(sizes, np.int64)
+    yield count
+    while (count > 1).any():
+        count = np.where(count > 1, (count + 1) // 2, 0)
+        yield count
 
 
 def _cut(nodes: Bytes, start: int, sizes: list[int]) -> Iterator[Bytes]:
-    if not sizes:
+    if not sizes[0]:
         yield np.frombuffer(tagged(Tag.NODE, b""), np.uint8).reshape(1, DIGEST)
-    for size in sizes:
+    for size in filter(None, sizes):
         yield nodes[start : start + size]
         start += size
 
