@@ -188,7 +188,7 @@ def column_weights(energy: Array) -> Array:
     used = (energy > 0) & np.isfinite(energy)
     if not used.any():
         return np.ones_like(energy)
-    weights = np.exp2(-np.round(0.5 * np.log2(np.where(used, energy, 1.0))))
+    weights = np.exp2(-(np.frexp(energy)[1] >> 1).astype(np.float64))
     return np.where(used, weights, weights[used].max())
 
 

@@ -2,6 +2,7 @@
 // Single-threaded: atomics are plain, and races are not modelled. A block that stops at different places is reported.
 
 #include <math.h>
+#include <setjmp.h>
 #include <string.h>
 #include <ucontext.h>
 #include <vector>
@@ -69,6 +70,8 @@ template <typename T> static inline T max(T a, T b) { return a < b ? b : a; }
 enum State { READY, AT_BLOCK, AT_WARP, DONE };
 struct Fibre {
     ucontext_t context;
+    jmp_buf place;  // where it left off: a switch by longjmp leaves the signal mask alone, which costs two system calls
+    bool begun;
     State state;
     unsigned shuffles;
     char* stack;
@@ -77,13 +80,14 @@ static const size_t STACK = 1 << 16;
 static std::vector<Fibre> fibres;
 static unsigned running;
 static ucontext_t scheduler;
+static jmp_buf turn_over;
 static unsigned long long exchanged[2][1024];
 static void (*body)(void*);
 static void* body_argument;
 
 static inline void wait_at(State state) {
     fibres[running].state = state;
-    swapcontext(&fibres[running].context, &scheduler);
+    if (!_setjmp(fibres[running].place)) _longjmp(turn_over, 1);
 }
 static inline void __syncthreads() { wait_at(AT_BLOCK); }
 static inline void __syncwarp(unsigned = ~0u) { wait_at(AT_WARP); }
@@ -125,7 +129,7 @@ static inline int __all_sync(unsigned mask, int predicate) { return __ballot_syn
 static void fibre_main() {
     body(body_argument);
     fibres[running].state = DONE;
-    swapcontext(&fibres[running].context, &scheduler);
+    _longjmp(turn_over, 1);
 }
 
 // Lets those on whom nobody waits go on. 1: some may; 0: all are done; -1: they wait at different places.
@@ -155,6 +159,7 @@ static int run_block(unsigned threads) {
     for (unsigned i = 0; i < threads; i++) {
         Fibre& fibre = fibres[i];
         fibre.state = READY;
+        fibre.begun = false;
         fibre.shuffles = 0;
         getcontext(&fibre.context);
         fibre.context.uc_stack.ss_sp = fibre.stack;
@@ -167,7 +172,10 @@ static int run_block(unsigned threads) {
             if (fibres[i].state != READY) continue;
             running = i;
             threadIdx = {i, 0, 0};
-            swapcontext(&scheduler, &fibres[i].context);
+            if (_setjmp(turn_over)) continue;
+            if (fibres[i].begun) _longjmp(fibres[i].place, 1);
+            fibres[i].begun = true;
+            setcontext(&fibres[i].context);
         }
         const int next = release(threads);
         if (next < 1) return next;
@@ -179,7 +187,7 @@ template <typename Body> static int run_grid(unsigned x, unsigned y, unsigned th
     body_argument = &call;
     gridDim = {x, y, 1};
     blockDim = {threads, 1, 1};
-    while (!alone && fibres.size() < threads) fibres.push_back({{}, DONE, 0, new char[STACK]});
+    while (!alone && fibres.size() < threads) fibres.push_back({{}, {}, false, DONE, 0, new char[STACK]});
     for (blockIdx.y = 0; blockIdx.y < y; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < x; blockIdx.x++) {
             if (!alone && run_block(threads)) return -1;

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpu.clearing import products
+from gpu.clearing.stand import Stand
+from gpu.device import Memory
 from gpu.freivalds import PROFILES, Product, check, folds
 from gpu.kernels.partial import partial_sums
 from gpu.ops import convolution, einsum, integers
@@ -97,8 +100,12 @@ def _infer_fused(node: Node, inputs: tuple[Spec | None, ...]) -> tuple[Spec, ...
     return (Spec(a.dtype, product_shape(left, right)),)
 
 
+def _clear(call: Call, stand: Stand, mark: Memory) -> bool:
+    return products.clear(call, stand, mark, _bias(call))
+
+
 def _product(**row: Any) -> Op:
-    return Op(family=Family.CONTRACTION, reach=_reach, check=_check, interval=_interval, **row)
+    return Op(family=Family.CONTRACTION, reach=_reach, check=_check, interval=_interval, clear=_clear, **row)
 
 
 OPS: dict[tuple[str, str], Op] = {

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpu.clearing import integers as clearing
+from gpu.clearing.stand import Stand
+from gpu.device import Memory
 from gpu.freivalds import check_integers, exact_product
 from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, every_row
 from gpu.ops.matrices import Group, Layout, layout, product_shape
@@ -66,6 +69,12 @@ def _check_matmul(call: Call) -> Measure:
     return Measure(claimed.size)
 
 
+def _clear_matmul(call: Call, stand: Stand, mark: Memory) -> bool:
+    form = layout(call.site)
+    groups = [(group, _zeros(call, form, group, {0: 2, 1: 3})) for group in form.groups(call.rows[0])]
+    return clearing.clear_products(call, stand, mark, form, groups)
+
+
 def _check_quantised(call: Call) -> Measure:
     """QLinearMatMul(a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point)."""
     form, claimed = layout(call.site, 0, 3), call.claimed[0]
@@ -107,7 +116,7 @@ def _op(check: Callable[[Call], Measure], right: int = 1, **row: Any) -> Op:
 
 
 OPS: dict[tuple[str, str], Op] = {
-    ("", "MatMulInteger"): _op(_check_matmul),
+    ("", "MatMulInteger"): _op(_check_matmul, clear=_clear_matmul),
     ("", "QLinearMatMul"): _op(_check_quantised, right=3),
     ("com.microsoft", "MatMulIntegerToFloat"): _op(_check_scaled, infer=_infer_scaled),
 }

@@ -46,7 +46,7 @@ def test_verdicts_are_the_same_with_and_without_a_device(shelf, policy, lie):
     proof = subject.prove(lie(subject.run()))
     alone = subject.judge(proof)
     beside = verify(proof, subject.model, world.CHECK_SEED, task=subject.task, shelf=shelf)
-    assert beside.largest == pytest.approx(alone.largest, rel=1e-6)
+    assert beside.largest == pytest.approx(alone.largest, rel=1e-3)
     assert replace(beside, largest=alone.largest) == alone
     assert (alone.reason is None) == (lie is LIES["an honest run"])
 
