@@ -21,7 +21,7 @@ BUILT = Path(__file__).parent / ".kernels"
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-w", "-U_FORTIFY_SOURCE", "-shared", "-fPIC")
 BARRIERS = ("__sync", "__shfl", "__ballot", "__any", "__all")
 CANARY = 64
-KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\)')
+KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)(?:, \d+)?\) (\w+)\(([^)]*)\)')
 C_TYPES = {
     np.int32: ctypes.c_int32,
     np.uint32: ctypes.c_uint32,
@@ -94,7 +94,8 @@ class HostDevice:
         assert 0 < block <= 1024
         assert 0 < x < 2**31
         assert 0 < y < 2**16
-        parameters = kernels(file)[kernel].split(", ")
+        threads, parameters = kernels(file)[kernel]
+        assert block <= threads, f"{kernel} is compiled for {threads} threads a block"
         assert len(parameters) == len(args), f"{kernel} takes {parameters}"
         values = [self._argument(kernel, *pair) for pair in zip(parameters, args, strict=True)]
         failed = getattr(_library(file), f"host_{kernel}")(*map(ctypes.c_uint32, (x, y, block)), *values)
@@ -115,16 +116,16 @@ class HostDevice:
 
 @cache
 def kernels(file):
-    """The kernels of a file, with their parameters as written."""
+    """The kernels of a file: the threads of a block, and the parameters as written."""
     command = ["g++", "-E", "-P", "-x", "c++", "-"]
     expanded = subprocess.run(command, input=source.text(file), capture_output=True, text=True, check=True).stdout
-    return {name: " ".join(parameters.split()) for name, parameters in KERNEL.findall(expanded)}
+    return {name: (int(threads), " ".join(own.split()).split(", ")) for threads, name, own in KERNEL.findall(expanded)}
 
 
 def _wrapper(name, parameters, alone):
-    names = ", ".join(parameter.split()[-1].lstrip("*") for parameter in parameters.split(", "))
+    names = ", ".join(parameter.split()[-1].lstrip("*") for parameter in parameters)
     return (
-        f'extern "C" int host_{name}(unsigned gx, unsigned gy, unsigned bx, {parameters}) '
+        f'extern "C" int host_{name}(unsigned gx, unsigned gy, unsigned bx, {", ".join(parameters)}) '
         f"{{ return run_grid(gx, gy, bx, {alone}, [&] {{ {name}({names}); }}); }}\n"
     )
 
@@ -133,7 +134,7 @@ def _wrapper(name, parameters, alone):
 def _library(file):
     text = source.text(file)
     alone = "false" if any(word in text for word in BARRIERS) else "true"
-    wrappers = "".join(_wrapper(*kernel, alone) for kernel in kernels(file).items())
+    wrappers = "".join(_wrapper(name, parameters, alone) for name, (_, parameters) in kernels(file).items())
     program = f'#include "{HEADER}"\n{text}\n{wrappers}'
     digest = hashlib.sha256((program + HEADER.read_text() + " ".join(FLAGS)).encode()).hexdigest()[:32]
     built = BUILT / f"{digest}.so"

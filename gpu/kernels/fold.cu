@@ -438,7 +438,7 @@ __device__ inline void judge_rows(
         passes = passes && (energy == 0.0 || in_range(energy));
         passes = passes && (size_y == 0.0 && claimed == 0.0 || in_range(size_y) && in_range(rounding));
     }
-    passes = passes && is_finite(threshold) && threshold > 0.0 && residual + evaluation <= threshold * ROOM;
+    passes = passes && is_finite(threshold) && threshold > 0.0 && residual + evaluation <= threshold * Tally::ROOM;
     Tally tally;
     tally.judged = (u64)n;
     if (passes) tally.worst = residual / threshold;

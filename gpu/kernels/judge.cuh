@@ -11,8 +11,6 @@ template <> struct Format<float> { static constexpr int p = 24, e_min = -126; st
 template <> struct Format<bf16> { static constexpr int p = 8, e_min = -126; static constexpr double flush = 0x1p-126; };
 template <> struct Format<f16> { static constexpr int p = 11, e_min = -14; static constexpr double flush = 0.0; };
 
-constexpr double ROOM = 1.0 - 0x1p-20;
-
 // Half the spacing of T in the binade of y.
 template <typename T> __device__ inline double half_ulp(double y) {
     const i64 exponent = __double_as_longlong(y) >> 52 & 2047, least = Format<T>::e_min + 1023;
@@ -21,6 +19,8 @@ template <typename T> __device__ inline double half_ulp(double y) {
 
 // One thread's share of a check: the largest |y - z| relative to its radius, entries judged, and entries not cleared.
 struct Tally {
+    static constexpr double ROOM = 1.0 - 0x1p-20;
+
     double worst;
     u64 judged, left;
     __device__ Tally() : worst(0.0), judged(0), left(0) {}

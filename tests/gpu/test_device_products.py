@@ -211,19 +211,17 @@ def test_sums_that_cancel(device, dtype):
 
 FACTORS = (-1 - 1e-4, -1 + 1e-4, 0.0, 1 - 1e-4, 1 - 1e-7, 1 + 1e-7, 1 + 1e-4, 1.5)
 ALTERNATING = np.resize([1.0, -1.0], (2, 300))
-UP = 2.0**-12 * 1.005  # beside a sum of 1, float32 rounds its square up
+UP = 2.0**-12 * 1.005
 TERMS = {  # x, w and a bias
     "random": lambda rng, m, k, n: (rng.standard_normal((m, k)), rng.standard_normal((k, n)), 0.0),
     "of one sign": lambda rng, m, k, n: (rng.random((m, k)), rng.random((k, n)), 0.0),
     "biased": lambda rng, m, k, n: (rng.standard_normal((m, k)), rng.random((k, n)), 3.0 * rng.standard_normal(n)),
     "tiny": lambda rng, m, k, n: (rng.random((m, k)) * 1e-12, rng.random((k, n)) * 1e-12, 0.0),
     "cancelling": lambda rng, m, k, n: (ALTERNATING[:, :k], rng.random(n) + 1e-4 * rng.random((k, n)), 0.0),
-    "squares barely above zero": lambda rng, m, k, n: (ALTERNATING[:, :k], np.full((k, n), 2.0**-95 * 1.01), 0.0),
-    "squares rounded up": lambda rng, m, k, n: (
-        np.where(np.arange(k), UP * ALTERNATING[:, :k], 1),
-        np.ones((k, n)),
-        0.0,
-    ),
+}
+ROUNDED_UP = {  # by float32: the squares of terms, alone or beside a sum of 1
+    "barely above zero": lambda rng, m, k, n: (ALTERNATING[:, :k], np.full((k, n), 2.0**-95 * 1.01), 0.0),
+    "beside one": lambda rng, m, k, n: (np.where(np.arange(k), UP * ALTERNATING[:, :k], 1), np.ones((k, n)), 0.0),
 }
 
 
@@ -282,6 +280,18 @@ def test_beside_its_tolerance_an_entry_is_cleared_only_where_the_reference_accep
             assert left == (~passes).sum()
         else:
             assert left >= (~passes).sum()
+
+
+@pytest.mark.parametrize("terms", ROUNDED_UP.values(), ids=ROUNDED_UP.keys())
+@pytest.mark.parametrize("k", [1, 7, 300])
+def test_squares_that_are_rounded_up_clear_nothing_more(device, k, terms):
+    for factor in FACTORS:
+        operands, passes = beside(terms, np.float32, (2, k, 9), factor, full=False)
+        mark = device.zeros(3, np.uint64)
+        products.recompute(uploaded(device, *operands), device, mark)
+        left = device.numpy(mark)[2]
+        assert left >= (~passes).sum()
+        assert factor or not left
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
