@@ -1,9 +1,11 @@
 // T3: single entries of a product again in float64, with all that bounds an honest engine's error (kernels/entries.py).
 //
-// Entry e is y[i, j], flat[e] = i n + j, of x[x_at[i]] (k) and w (k, n) by element strides, bias (bias_rows 0, 1 or m, n).
-// A warp an entry, lanes along k: over the bias and then the terms in order z the sum, A^2 the sum of squares, S the sum of
-// magnitudes, P the largest magnitude of a prefix sum. The tolerance is half an ulp + (c + g min(1, 2 P / S)) max(A, P) +
-// r max(|z|, A) + t. Adds to the mark only the entries that are left: those of a fold count them already.
+// Entry e is y[i, j], flat[e] = i n + j, of x[x_at[i]] (k) and w (k, n) by element strides; bias (bias_rows, n) with
+// 0, 1 or m rows. A warp an entry, lanes along k: over the bias and then the terms in order z the sum, A^2 the
+// sum of squares, S the sum of magnitudes, P the largest magnitude of a prefix sum. The tolerance is half an ulp +
+// (c + g min(1, 2 P / S)) max(A, P) + r max(|z|, A) + t; the reference's is 2^-50 S wider. A sum errs by at most
+// k 2^-53 S, here and there, so (k + 2) 2^-51 S is taken off. Only what is left is added to the mark: entries of a fold
+// are counted already.
 
 #include "judge.cuh"
 
@@ -13,7 +15,9 @@ __device__ inline double warp_sum(double x) {
 }
 
 template <typename T>
-__device__ inline void spot(const T* x, const i64* x_at, i64 k, const T* w, i64 stride_k, i64 stride_n, i64 n, const T* y, const double* bias, i64 bias_rows, const i64* flat, i64 count, const double (&units)[4], u64* mark) {
+__device__ inline void spot(const T* x, const i64* x_at, i64 k, const T* w, i64 stride_k, i64 stride_n, i64 n,
+                            const T* y, const double* bias, i64 bias_rows, const i64* flat, i64 count,
+                            const double (&units)[4], u64* mark) {
     const i64 e = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     if (e >= count) return;  // whole warps
@@ -44,7 +48,8 @@ __device__ inline void spot(const T* x, const i64* x_at, i64 k, const T* w, i64 
     if (lane) return;
     const double a = sqrt(squares), reach = fmax(prefix, fabs(carried));
     const double coherence = size > 0.0 ? fmin(1.0, 2.0 * reach / size) : 0.0;
-    const double slack = (units[0] + units[1] * coherence) * fmax(a, reach) + units[2] * fmax(fabs(carried), a) + units[3];
+    const double accumulated = (units[0] + units[1] * coherence) * fmax(a, reach);
+    const double slack = accumulated + units[2] * fmax(fabs(carried), a) + units[3];
     Tally tally;
     tally.entry(y[flat[e]], carried, slack - Format<T>::flush, (double)(k + 2) * 0x1p-51 * size);
     if (tally.left) atomicAdd(mark + 2, (u64)1);

@@ -1,14 +1,16 @@
 // Few rows of a product again in float64, and each claimed entry judged (gpu/freivalds.py, recompute).
 //
-// multiply_*: for rows x[x_at[rows_from + i]], i < m <= 24, of x (., k) and w (k, n) by element strides, over one of `splits`
-// parts of k: the sums z (splits, m, n) float64 and the sums of squared terms, 2^40 of them, a (splits, m, n) float32. Grid
-// (columns / 128, splits); a thread has two columns and 12 rows; tiles of w and x are shared, so w is read once.
-// judge_products_*: adds parts and bias (bias_rows 0, 1 or m, n) up in order, a thread an entry of y (m, n). It may err by
-// half an ulp + c max(A, |z|) + r max(|z|, A) + t, A^2 being the sum of squared terms, the bias among them.
+// multiply_*: for rows x[x_at[rows_from + i]], i < m <= 24, of x (., k) and w (k, n) by element strides, over one of
+// `splits` parts of k: the sums z (splits, m, n) float64 and the sums of squared terms, times 2^40, a (splits, m, n)
+// float32. Grid (columns / 128, splits); a thread has two columns and 12 rows; tiles of w and x are shared, so that w
+// is read once for all rows.
+// judge_products_*: adds parts and bias (bias_rows 0, 1 or m, n) up in order, a thread an entry of y (m, n). It may err
+// by half an ulp + c max(A, |z|) + r max(|z|, A) + t, A^2 being the sum of squared terms, the bias among them.
 //
-// Products are exact in float64. No partial sum exceeds sqrt(k + 1) A, so this z and the reference's, of at most k roundings
-// each, differ by k sqrt(k + 1) 2^-52 A at most; k^1.5 2^-51 A is allowed for it. float32 finds A within (terms of a part
-// + 8) 2^-24 of it, and A^2 no better than 2^-189 a term, where squares are subnormal: A is between `sure` and `most`.
+// Products are exact in float64. No partial sum exceeds sqrt(k + 1) A, so this z and the reference's, of at most k
+// roundings each, differ by k sqrt(k + 1) 2^-52 A at most; k^1.5 2^-51 A is allowed for it. float32 finds A within
+// (terms of a part + 8) 2^-24 of it, and A^2 no better than 2^-189 a term, where squares are subnormal: A is between
+// `sure` and `most`.
 
 #include "judge.cuh"
 
@@ -18,7 +20,8 @@ constexpr float SCALE = 0x1p20f;  // of a term before it is squared: zeros are t
 template <typename T> struct alignas(16) Piece { T at[16 / sizeof(T)]; };
 
 // tile[d][threadIdx.x] = line[d stride], zero from `count` on (which may be negative).
-template <typename T> __device__ inline void load_line(float (&tile)[DEPTH][LINES], const T* line, i64 stride, i64 count) {
+template <typename T>
+__device__ inline void load_line(float (&tile)[DEPTH][LINES], const T* line, i64 stride, i64 count) {
     constexpr int WIDTH = 16 / sizeof(T);
     if (stride == 1 && count >= DEPTH && !((u64)line & 15)) {
 #pragma unroll
@@ -34,7 +37,8 @@ template <typename T> __device__ inline void load_line(float (&tile)[DEPTH][LINE
 }
 
 template <typename T>
-__device__ inline void multiply(const T* x, const i64* x_at, i64 rows_from, int m, i64 k, const T* w, i64 stride_k, i64 stride_n, i64 n, double* z, float* a) {
+__device__ inline void multiply(const T* x, const i64* x_at, i64 rows_from, int m, i64 k, const T* w, i64 stride_k,
+                                i64 stride_n, i64 n, double* z, float* a) {
     __shared__ float tile[DEPTH][LINES];
     __shared__ __align__(16) double rows[DEPTH][MOST];
     __shared__ __align__(16) float scaled[DEPTH][MOST];
@@ -86,7 +90,8 @@ __device__ inline void multiply(const T* x, const i64* x_at, i64 rows_from, int 
 struct Room { double c, r, t; };
 
 template <typename T>
-__device__ inline void judge(const double* z, const float* a, int splits, int m, i64 k, i64 n, const double* bias, i64 bias_rows, const T* y, Room room, u64* mark) {
+__device__ inline void judge(const double* z, const float* a, int splits, int m, i64 k, i64 n, const double* bias,
+                             i64 bias_rows, const T* y, Room room, u64* mark) {
     const i64 stride = (i64)gridDim.x * blockDim.x;
     const double blurred = (double)((k + splits - 1) / splits + 8) * 0x1p-24, lost = (double)k * 0x1p-189;
     const double doubt = (double)k * sqrt((double)k) * 0x1p-51;
