@@ -28,6 +28,10 @@ class Device(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def place(self) -> str:
+        """What PyTorch and ONNX Runtime call it."""
+
     def free(self) -> int:
         """Bytes of its memory that nobody holds."""
 
@@ -55,7 +59,9 @@ class Device(Protocol):
 
 
 class Cuda:
-    """The current CUDA device, through CuPy."""
+    """The current CUDA device, through CuPy, on the default stream: there PyTorch and ONNX Runtime queue too."""
+
+    place = "cuda"
 
     def __init__(self) -> None:
         """Raises Malformed where there is no CuPy, no driver or no device."""

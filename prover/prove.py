@@ -1,6 +1,7 @@
 """THE FLOW of a worker, its steps numbered as in verifier/verify.py.
 
-A trace maps ONNX value names to arrays: graph inputs and node outputs, as the engine produced them.
+A trace maps ONNX value names to arrays: graph inputs and node outputs, as the engine produced them, and where it left
+them: those on a device are hashed there, and only the rows that a challenge opens leave it.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,18 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpu import hashing
+from gpu import forest, hashing
 from gpu.boundary import committed
 from gpu.plan import Model, Plan
 from gpu.reach import selection
+from gpu.resident import Resident
 from proof.bundle import Opening, Proof
 from proof.errors import Malformed
-from proof.graph import dtype_name, spec_of
+from proof.graph import Spec, dtype_name
 from proof.messages import Challenge, Commitment, Task, TensorClaim
 from proof.policy import Policy, policy
 
 Array = npt.NDArray[Any]
 Trace = Mapping[str, Array]
+Recorded = Mapping[str, Array | Resident]  # a trace where the engine left it
 Engine = Callable[[Mapping[str, Array]], Trace]  # from the inputs of a task
 Levels = list[npt.NDArray[np.uint8]]
 Progress = Callable[[str], None]  # called with the name of each tensor as it is done
@@ -32,12 +35,12 @@ class Committed:
     """A commitment with what opening it needs: the trace and the tree above each tensor's rows."""
 
     plan: Plan
-    trace: Trace
+    trace: Recorded
     trees: Mapping[str, Levels]
     commitment: Commitment
 
 
-def plan_of(model: Model, trace: Trace) -> Plan:
+def plan_of(model: Model, trace: Recorded) -> Plan:
     """The run that a trace records, from the shapes of its inputs. Raises Malformed for a missing input."""
     names = [i.name for i in model.graph.inputs]
     missing = [name for name in names if name not in trace]
@@ -48,7 +51,7 @@ def plan_of(model: Model, trace: Trace) -> Plan:
 
 def commit(
     model: Model,
-    trace: Trace,
+    trace: Recorded,
     task: Task | None = None,
     progress: Progress = lambda _: None,
     *,
@@ -60,13 +63,15 @@ def commit(
     Raises Malformed naming the tensor that is missing or has another dtype or shape than the graph gives.
     """
     plan = plan_of(model, trace)
-    trees, claims = {}, []
     rules = policy(task.policy) if task else rules
-    for name in committed(plan, rules) if rules else plan.tensors:
-        array = _tensor(plan, trace, name)
-        trees[name] = hashing.tensor_levels(array)
-        root = hashing.root(trees[name])
-        claims.append(TensorClaim(name, dtype_name(array.dtype), array.shape, root))
+    names = committed(plan, rules) if rules else plan.tensors
+    tensors = {name: _tensor(plan, trace, name) for name in names}
+    trees = _planted(tensors)
+    claims = []
+    for name, tensor in tensors.items():
+        if isinstance(tensor, np.ndarray):
+            trees[name] = hashing.tensor_levels(tensor)
+        claims.append(TensorClaim(name, dtype_name(tensor.dtype), tensor.shape, hashing.root(trees[name])))
         progress(name)
     commitment = Commitment(
         model=model.id, task=task.id() if task else None, tensors=tuple(claims), worker=None, signature=None
@@ -74,11 +79,18 @@ def commit(
     return Committed(plan, trace, trees, commitment)
 
 
-def _tensor(plan: Plan, trace: Trace, name: str) -> Array:
+def _planted(tensors: Recorded) -> dict[str, Levels]:
+    """The trees of all tensors that lie on a device, in one go."""
+    residents = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Resident)}
+    return dict(zip(residents, forest.plant(list(residents.values())), strict=True))
+
+
+def _tensor(plan: Plan, trace: Recorded, name: str) -> Array | Resident:
     if name not in trace:
         raise Malformed(f"the trace lacks {name!r}: record every node output")
-    if spec_of(trace[name]) != plan.specs[name]:
-        found, wanted = (f"{s.dtype}{list(s.shape)}" for s in (spec_of(trace[name]), plan.specs[name]))
+    given = Spec(trace[name].dtype, trace[name].shape)
+    if given != plan.specs[name]:
+        found, wanted = (f"{s.dtype}{list(s.shape)}" for s in (given, plan.specs[name]))
         raise Malformed(f"{name!r} is {found} in the trace; the graph gives {wanted}")
     return trace[name]
 
@@ -90,7 +102,12 @@ def answer(committed: Committed, commitment: Commitment, challenge: Challenge, t
     # 4 ---- openings: the rows, with what leads from them to the committed roots
     openings = {}
     for name, rows in opened.items():
-        spec = committed.plan.specs[name]
-        data = np.ascontiguousarray(committed.trace[name]).reshape(spec.rows, spec.width)[rows]
+        data = _rows(committed.trace[name], committed.plan.specs[name], rows)
         openings[name] = Opening(data, hashing.multiproof(committed.trees[name], rows))
     return Proof(task, commitment, challenge, openings)
+
+
+def _rows(tensor: Array | Resident, spec: Spec, rows: npt.NDArray[np.int64]) -> Array:
+    if isinstance(tensor, Resident):
+        return tensor.take(rows)
+    return np.ascontiguousarray(tensor).reshape(spec.rows, spec.width)[rows]

@@ -1,8 +1,12 @@
 """The work on one task, from its inputs to the uploaded proof; the process beside a worker calls it per task."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy.typing as npt
 
 from gpu.plan import Model
 from proof import bundle
@@ -10,7 +14,9 @@ from proof.attestation import sign_commitment
 from proof.messages import Verdict
 from prover import prove
 from prover.client import Client
-from prover.prove import Engine
+from prover.prove import Recorded
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,9 @@ class Served:
     verdict: Verdict
 
 
-def serve(client: Client, task: bytes, model: Model, engine: Engine, key: bytes) -> Served:
+def serve(
+    client: Client, task: bytes, model: Model, engine: Callable[[Mapping[str, Array]], Recorded], key: bytes
+) -> Served:
     """Run, commit, answer the challenge, upload, and wait for the verdict. `key` is the worker's private key.
 
     Raises Conflict when the task is taken or over, Unavailable when the service does not answer.

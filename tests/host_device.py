@@ -43,6 +43,7 @@ SCALARS = {
 
 class HostDevice:
     name = "host"
+    place = "cpu"
 
     def __init__(self):
         self._guarded = []
