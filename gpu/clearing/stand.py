@@ -19,6 +19,7 @@ from proof.errors import Rejected
 Array = npt.NDArray[Any]
 
 WORDS = 3  # of a mark: bits of the largest ratio, entries judged, entries left to the reference
+LEAST = 2**12  # claimed entries below which a launch costs more than it saves
 SHARE = 0.5  # of a device's free memory that may hold weights
 
 

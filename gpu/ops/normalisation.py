@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpu.ops.call import Call, Family, Infer, Measure, Op, RowIds, Site, distinct, rows_of
+from gpu.clearing.rowwise import Kernel, clear_rows
+from gpu.clearing.stand import Stand
+from gpu.device import Memory
+from gpu.ops.call import Call, Family, Infer, Measure, Op, RowIds, Site, Tensor, distinct, rows_of
 from gpu.ops.indexing import (
     Index,
     Shape,
@@ -160,6 +163,7 @@ class Normalisation:
     infer: Infer | None = None
     exact: bool = False
     replayed: bool = False  # whether a rounding profile says where its kernels round
+    kernel: Kernel | None = None  # what judges it on a device, along rows
     values: tuple[int, ...] = ()
 
 
@@ -197,16 +201,30 @@ def normalisation(row: Normalisation) -> Op:
                 bound[chosen] = values
         return Interval(*bounds)
 
+    def clear(call: Call, stand: Stand, mark: Memory) -> bool:
+        assert row.kernel is not None
+        shape = row.shape(call.site)
+        if row.axes(call.site) != (len(shape) - 1,) or shape != _own_shape(call.site):
+            return False
+        parameters = (_optional(call, row.scale), _optional(call, row.bias))
+        epsilon = float(_attributes(row, call.site).get("epsilon", 0.0))
+        return clear_rows(call, stand, mark, row.kernel, parameters, epsilon)
+
     return Op(
         family=Family.ROWWISE,
         reach=reach,
         check=check,
+        clear=clear if row.kernel else None,
         interval=interval if row.replayed else None,
         exact=row.exact,
         values=row.values,
         refuses=row.refuses,
         infer=row.infer,
     )
+
+
+def _optional(call: Call, position: int | None) -> Tensor | None:
+    return None if position is None or absent(call.site, position) else call.inputs[position]
 
 
 def _beside(row: Normalisation, site: Site, position: int, rows: RowIds) -> npt.NDArray[np.int64]:
@@ -348,6 +366,7 @@ _LAYER = Normalisation(
     statistics=(lane_mean, inverse_deviation),
     scale=1,
     bias=2,
+    kernel=Kernel("normalise"),
 )
 _RMS = Normalisation(
     stage=root_mean_square,
@@ -358,11 +377,12 @@ _RMS = Normalisation(
     scale=1,
     replayed=True,
     infer=_simplified_specs,
+    kernel=Kernel("normalise", root=True),
 )
 
 _TABLE: dict[str, Normalisation] = {
-    "Softmax": Normalisation(stage=softmax, axes=_softmax_axes),
-    "LogSoftmax": Normalisation(stage=log_softmax, axes=_softmax_axes),
+    "Softmax": Normalisation(stage=softmax, axes=_softmax_axes, kernel=Kernel("soften")),
+    "LogSoftmax": Normalisation(stage=log_softmax, axes=_softmax_axes, kernel=Kernel("log_soften")),
     "Hardmax": Normalisation(stage=hardmax, axes=_softmax_axes, exact=True),
     "LayerNormalization": _LAYER,
     "RMSNormalization": _RMS,

@@ -16,6 +16,9 @@ import numpy as np
 from scipy.special import erf
 
 from gpu import rounding
+from gpu.clearing.pointwise import Kernel, clear_pointwise
+from gpu.clearing.stand import Stand
+from gpu.device import Memory
 from gpu.ops import elementary
 from gpu.ops.call import Call, Family, Infer, Measure, Op, RowIds, Site, Tensor, distinct, rows_of
 from gpu.ops.conversion import (
@@ -72,6 +75,7 @@ class Pointwise:
     """`view`: the shape an input broadcasts in. `index`: the element of an input beside one of the output instead.
 
     Of the inputs only the first `reads` are looked at (CastLike takes no more than the dtype of its second).
+    `kernel`: what judges a node on a device.
     """
 
     judge: Judge
@@ -83,6 +87,7 @@ class Pointwise:
     values: tuple[int, ...] = ()
     refuses: Callable[[Node], str | None] = accepts
     infer: Infer | None = None
+    kernel: Callable[[Site], Kernel] | None = None
 
 
 def pointwise(row: Pointwise) -> Op:
@@ -114,10 +119,18 @@ def pointwise(row: Pointwise) -> Op:
         shape = len(rows), output(site).width
         return Interval(*(np.broadcast_to(bound, shape) for bound in (found.low, found.nearest, found.high)))
 
+    def clear(call: Call, stand: Stand, mark: Memory) -> bool:
+        assert row.kernel is not None
+        given = [
+            (tensor, _lead(call.site, tensor.spec.shape, call.rows[0])) for tensor in call.inputs if tensor is not None
+        ]
+        return clear_pointwise(call, stand, mark, row.kernel(call.site), given)
+
     return Op(
         family=Family.POINTWISE,
         reach=reach,
         check=check,
+        clear=clear if row.kernel else None,
         interval=interval if row.bounds else None,
         exact=row.exact,
         values=row.values,
@@ -168,7 +181,7 @@ def _stored(default: Any) -> Any:
     return float(np.float32(default)) if isinstance(default, float) else default
 
 
-def determined(value: Value) -> Op:
+def determined(value: Value, kernel: str | None = None) -> Op:
     """One IEEE operation, the same bits on every engine; integers natively."""
 
     def judge(site: Site, claimed: Values, *inputs: Values) -> float:
@@ -179,7 +192,8 @@ def determined(value: Value) -> Op:
         z = value(*(widen(x) for x in inputs))
         return rounding.determined(round_to(z, dtype) if is_float(dtype) else z.astype(dtype))
 
-    return pointwise(Pointwise(judge=judge, bounds=bounds, exact=True))
+    on_device = (lambda site: Kernel(kernel)) if kernel else None
+    return pointwise(Pointwise(judge=judge, bounds=bounds, exact=True, kernel=on_device))
 
 
 def rounded(
@@ -239,25 +253,49 @@ def _converted(profile: Profile, site: Site, dtype: np.dtype, x: Values) -> Inte
     return rounding.determined(round_to(x.astype(np.float64), dtype) if is_float(dtype) else x.astype(dtype))
 
 
-def _beside_one(factor: float) -> Callable[..., Array]:
+@dataclass(frozen=True)
+class _BesideOne:
     """An absolute error: what is lost beside terms of size one."""
-    return lambda u, z, *inputs, **attributes: factor * u * (1.0 + np.abs(z))
+
+    units: float
+
+    def __call__(self, u: float, z: Array, *inputs: Array, **attributes: Any) -> Array:
+        return self.units * u * (1.0 + np.abs(z))
 
 
-def _beside_input(factor: float) -> Callable[..., Array]:
+@dataclass(frozen=True)
+class _BesideInput:
     """An error relative to the (biased) input: what a factor in [0, 1] of it loses."""
-    return lambda u, z, *inputs, **attributes: (
-        factor * u * np.abs(elementary.total(*(x for x in inputs if x is not None)))
-    )
+
+    units: float
+
+    def __call__(self, u: float, z: Array, *inputs: Array | None, **attributes: Any) -> Array:
+        return self.units * u * np.abs(elementary.total(*(x for x in inputs if x is not None)))
+
+
+_GATED, _LOGISTIC = _BesideInput(16), _BesideOne(16)
+
+
+def _one(name: str, slack: _BesideInput | _BesideOne, alpha: float = 0.0) -> Callable[[Site], Kernel]:
+    """The kernel of an op of one operand; `alpha` stands for its attribute where a node leaves it out."""
+
+    def kernel(site: Site) -> Kernel:
+        return Kernel(name, float(site.node.attributes.get("alpha", _stored(alpha))), slack.units)
+
+    return kernel
+
+
+def _gelu(site: Site) -> Kernel:
+    return Kernel("gelu", float(site.node.attributes.get("approximate", "none") == "tanh"), _GATED.units)
 
 
 def _tanh_slack(u: float, z: Array, *inputs: Array, **attributes: Any) -> Array:
     """As beside the input, the constants of tanh's argument in float32 whatever the dtype."""
-    return _beside_input(16)(max(u, U32), z, *inputs)
+    return _GATED(max(u, U32), z, *inputs)
 
 
 def _gelu_slack(u: float, z: Array, x: Array, *, approximate: str) -> Array:
-    return _tanh_slack(u, z, x) if approximate == "tanh" else _beside_input(16)(u, z, x)
+    return _tanh_slack(u, z, x) if approximate == "tanh" else _GATED(u, z, x)
 
 
 def _tight_swish(profile: Profile, u: float, z: Array, x: Array, *, alpha: float) -> Array:
@@ -326,10 +364,10 @@ _QUANTIZE = Pointwise(judge=compare_quantized, exact=True, index=quantization_in
 _DEQUANTIZE = Pointwise(judge=compare_dequantized, exact=True, index=quantization_index)
 
 _TABLE: dict[str, Op] = {
-    "Add": determined(np.add),
-    "Sub": determined(np.subtract),
-    "Mul": determined(np.multiply),
-    "Div": determined(elementary.divide),
+    "Add": determined(np.add, "add"),
+    "Sub": determined(np.subtract, "subtract"),
+    "Mul": determined(np.multiply, "multiply_elements"),
+    "Div": determined(elementary.divide, "divide"),
     "Sqrt": determined(np.sqrt),
     "Reciprocal": rounded(lambda x: 1.0 / x, ulps=4),  # 0
     "Sum": rounded(elementary.total, slack=_sum_slack),
@@ -339,11 +377,11 @@ _TABLE: dict[str, Op] = {
     "Log": rounded(np.log, ulps=16),  # 3.4
     "Erf": rounded(erf, ulps=16),  # 0.6
     "Tanh": rounded(np.tanh, ulps=32),  # 4.2
-    "Sigmoid": rounded(elementary.sigmoid, slack=_beside_one(16)),  # 2.3
-    "Softplus": rounded(elementary.softplus, slack=_beside_one(8)),  # 1.1
+    "Sigmoid": rounded(elementary.sigmoid, slack=_LOGISTIC, kernel=_one("sigmoid", _LOGISTIC)),  # 2.3
+    "Softplus": rounded(elementary.softplus, slack=_BesideOne(8)),  # 1.1
     "Softsign": rounded(elementary.softsign, ulps=8),  # 1.5
-    "Sin": rounded(np.sin, slack=_beside_one(4), tight=_tight_angle),  # 0.5
-    "Cos": rounded(np.cos, slack=_beside_one(4), tight=_tight_angle),  # 0.5
+    "Sin": rounded(np.sin, slack=_BesideOne(4), tight=_tight_angle),  # 0.5
+    "Cos": rounded(np.cos, slack=_BesideOne(4), tight=_tight_angle),  # 0.5
     "Tan": rounded(np.tan, slack=_tan_slack),  # 0.2
     "Asin": rounded(np.arcsin, ulps=32),  # 7
     "Acos": rounded(np.arccos, ulps=32),  # 4
@@ -353,10 +391,12 @@ _TABLE: dict[str, Op] = {
     "Asinh": rounded(np.arcsinh, ulps=8),  # 1.2
     "Acosh": rounded(np.arccosh, ulps=8),  # 1.5
     "Atanh": rounded(np.arctanh, ulps=8),  # 1.3
-    "Gelu": rounded(elementary.gelu, slack=_gelu_slack, attributes={"approximate": "none"}),  # 2.2
-    "Swish": rounded(elementary.swish, slack=_beside_input(16), attributes={"alpha": 1.0}, tight=_tight_swish),  # 2.3
-    "Mish": rounded(elementary.mish, slack=_beside_input(16)),  # 3.9
-    "HardSwish": rounded(elementary.hard_swish, slack=_beside_input(4)),  # 0.7
+    "Gelu": rounded(elementary.gelu, slack=_gelu_slack, attributes={"approximate": "none"}, kernel=_gelu),  # 2.2
+    "Swish": rounded(
+        elementary.swish, slack=_GATED, attributes={"alpha": 1.0}, tight=_tight_swish, kernel=_one("swish", _GATED, 1.0)
+    ),  # 2.3
+    "Mish": rounded(elementary.mish, slack=_BesideInput(16)),  # 3.9
+    "HardSwish": rounded(elementary.hard_swish, slack=_BesideInput(4)),  # 0.7
     "HardSigmoid": rounded(
         elementary.hard_sigmoid, slack=_hard_sigmoid_slack, attributes={"alpha": 0.2, "beta": 0.5}
     ),  # 0.2
@@ -409,13 +449,17 @@ _TABLE: dict[str, Op] = {
 }
 
 _CONTRIBUTED: dict[str, Op] = {  # onnxruntime's com.microsoft domain
-    "Gelu": rounded(elementary.gelu, slack=_beside_input(16), infer=_like_first),  # 2.2
-    "BiasGelu": rounded(elementary.biased_gelu, slack=_beside_input(16), infer=_like_first),
+    "Gelu": rounded(elementary.gelu, slack=_GATED, infer=_like_first, kernel=_one("gelu", _GATED)),  # 2.2
+    "BiasGelu": rounded(elementary.biased_gelu, slack=_BesideInput(16), infer=_like_first),
     "FastGelu": rounded(elementary.fast_gelu, slack=_tanh_slack, infer=_like_first),  # 2.2
     "QuantizeLinear": pointwise(replace(_QUANTIZE, infer=quantized_spec)),
     "DequantizeLinear": pointwise(replace(_DEQUANTIZE, infer=dequantized_spec)),
     "QuickGelu": rounded(
-        elementary.swish, slack=_beside_input(16), attributes={"alpha": 1.702}, infer=_like_first
+        elementary.swish,
+        slack=_GATED,
+        attributes={"alpha": 1.702},
+        infer=_like_first,
+        kernel=_one("swish", _GATED, 1.702),
     ),  # 2.2
 }
 
