@@ -43,10 +43,7 @@ struct Gelu {
 
 // z, which has the bits of the reference's, rounded to T as it rounds them: a bfloat16 passes through float32.
 template <typename T> __device__ inline double rounded(double z) {
-    if (sizeof(T) == 4 || Format<T>::p == 8) z = (double)(float)z;
-    const i64 exponent = __double_as_longlong(z) >> 52 & 2047, least = Format<T>::e_min + 1023;
-    const double quantum = __longlong_as_double((exponent > least ? exponent : least) - Format<T>::p + 1 << 52);
-    return sizeof(T) == 4 ? z : rint(z / quantum) * quantum;
+    return sizeof(T) == 4 ? (double)(float)z : quantized<T>(Format<T>::p == 8 ? (double)(float)z : z);
 }
 
 template <typename T> __device__ inline void nearest(Tally& tally, T claimed, double z) {

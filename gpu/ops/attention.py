@@ -14,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from gpu.clearing.attention import Pairs, clear_attention
+from gpu.clearing.stand import Stand
+from gpu.device import Memory
 from gpu.kernels.attention import replay
 from gpu.kernels.attention_radius import Bounds, attend
 from gpu.ops import heads as groups
@@ -154,6 +157,28 @@ def _check(call: Call) -> Measure:
             _check_cache(call, heads, position)
             entries += call.claimed[position].size
     return Measure(entries, worst)
+
+
+def _clear(call: Call, stand: Stand, mark: Memory) -> bool:
+    """On a device: heads as a dimension, no cache, every key or those up to the query's own place."""
+    site, heads, rows = call.site, heads_of(call.site), call.rows[0]
+    out = site.outputs[0]
+    odd = heads.packed or heads.past or any(_spec(site, position) is not None for position in range(MASK, LENGTHS + 1))
+    if out is None or odd or any(site.outputs[1:]) or not len(rows):
+        return False
+    width = _tensor(call, 0).spec.width
+    found: list[tuple[Ints, ...]] = []
+    sums = []
+    for queries in heads.select(rows):
+        new, _ = heads.key_rows(queries)
+        first = [np.full(len(queries.at), _tensor(call, i).places(new)[0]) for i in (1, 2)]
+        count = queries.i + 1 if heads.causal else np.full(len(queries.at), heads.keys)
+        q = _tensor(call, 0).places(rows[queries.at])
+        found.append((q, *first, np.minimum(count, len(new)), queries.at))
+        sums.append(np.full(len(queries.at), bounds(call, width, len(new), out.dtype).sums))
+    q, k, v, count, y = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    allowed = bounds(call, width, heads.keys, out.dtype)
+    return clear_attention(call, stand, mark, Pairs(q, k, v, count, y, np.concatenate(sums), allowed))
 
 
 def _check_cache(call: Call, heads: Heads, position: int) -> None:
@@ -318,6 +343,7 @@ OPS: dict[tuple[str, str], Op] = {
         reach=_reach,
         check=_check,
         interval=_interval,
+        clear=_clear,
         refuses=_refuses,
         sample=groups.sample,
     ),
