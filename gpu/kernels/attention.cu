@@ -1,159 +1,364 @@
-// Claimed rows of attention against softmax(scale q K) V, and the radius of any honest kernel (kernels/attention_radius.py,
-// numerics-local section 3, F), in float64. Pair p: a query row and the keys it sees, rows first[p] .. first[p] + count[p] - 1 of K
-// (., d) and of V (., e), T; d and e at most 256; scratch has `most` places a pair.
+// Claimed rows of attention against their inputs, as gpu/kernels/attention_radius.py has them, in float64.
 //
-// score_keys_*: a thread a key: its score, the least and the largest an honest kernel may have. weigh_keys: a block a pair:
-// weights, how far they may be off, and totals (pairs, 2). sum_values_*: a block a pair and split of its keys, a thread a column:
-// sums of weight v and weight |v|; join_values adds splits up to z and size. move_values_*: sums of off |v - z|. judge_attention_*.
+// Six launches. A row table (rows, 5) int64 has of each query row: where it starts in q (elements), where its claim
+// starts in y, how many keys it may see, how many its tile scores, where its mask starts. A tile is at most 8 rows that
+// read the same keys and values; its table (tiles, 4) int64: first row, rows, where its keys start in k, and its values
+// in v. Keys are taken 128 at a time; scratch of rows has `stride` keys a row, `blocks` = stride / 128.
+// 1 score_keys_*, grid (blocks, tiles), a thread a key: x (rows, stride) exact scores with bias, -inf where hidden; e
+//   their radius; tops (rows, blocks) largest.
+// 2 weigh_keys_*, grid (blocks, rows), a thread a key: in x the weight exp(x - top), in e how far a kernel's weight may
+//   lie from it, in both -1 where hidden; sums (rows, blocks, 4) of weights, least weights, distances; largest doubt.
+// 3 sum_values_*, grid (64 columns x splits, tiles), a thread two columns of every fourth run of keys: parts (splits, 2,
+//   rows, width) of sum w v and sum w |v|.
+// 4 settle_rows_*, grid rows: z and size (2, rows, width), what parts add up to, over the sum of weights; of (rows, 3) the
+//   sum of least weights, what doubt of a weight moves, and the doubt.
+// 5 move_values_*, as 3: parts (splits, 1, rows, width) of sum distance |v - z|.
+// 6 judge_attention_*, a thread an entry: the claim against z and slack = move / least + allowed size.
 //
-// Our scores are within d 2^-52 of sum |q k| of the reference's. A score is rounded to the dtype after it was moved by more than
-// that to the side that narrows the radius, so that no rounding can widen it. What is left is below 2^-20 of the radius, beside
-// count 2^-50 of sum p |v| for the sums themselves.
+// Scores are rounded to T as kernels may, where a last bit of ours decides; so the distances here are never more than
+// the reference's. With d terms a score, a difference of two evaluations is at most doubt = (d + 34) 2^-52 (A + |x|), A
+// being sum |q k| scale <= e / product. Least and largest scores are taken that much inside; then every weight, least
+// and largest, differs by relative 8 doubt + 2^-47 at most, and sums of n terms by n 2^-50. With eps of both together z
+// differs by 2 eps size, and slack is too large by no more than eps (3 slack + size (4 weights + 3 distances) / least).
+// A key more than 800 below the top counts in neither evaluation. What could overflow or vanish in the reference is left.
 
 #include "judge.cuh"
 
-constexpr int THREADS = 128, WIDEST = 256;
+constexpr int KEYS = 128, ROWS = 8, DEPTH = 16, COLUMNS = 64, WARPS = KEYS / 32, RUN = 4;
+constexpr double MOST_SCORE = 0x1p14, MOST_GROWTH = 100.0, LEAST_SUM = 0x1p-100, MOST_DOUBT = 0x1p-24;
 
-__device__ inline double alone(double z) { return (double)(float)z; }
+struct Row { i64 q, y, limit, keys, mask; };
+struct Tile { i64 first, rows, k, v; };
+struct Errors { double scale, softcap, product, score, cap; };
 
-template <typename T>
-__device__ inline void score(const T* q, const i64* q_at, const T* k, const i64* first, const i64* count, i64 most, int d, double scale, double product, double relative, double* exact, double* low, double* high) {
-    __shared__ double query[WIDEST];
-    const i64 p = blockIdx.y, j = (i64)blockIdx.x * THREADS + threadIdx.x;
-    for (int i = threadIdx.x; i < d; i += THREADS) query[i] = (double)widen(q[q_at[p] * d + i]);
-    __syncthreads();
-    if (j >= count[p]) return;
-    const T* key = k + (first[p] + j) * d;
-    double sum = 0.0, size = 0.0;
-#pragma unroll 4
-    for (int i = 0; i < d; i++) {
-        const double value = (double)widen(key[i]);
-        sum = fma(query[i], value, sum);
-        size = fma(fabs(query[i]), fabs(value), size);
-    }
-    const double at = scale * sum, error = product * fabs(scale) * size + relative * fabs(at);
-    const double nudge = (double)(d + 4) * 0x1p-50 * fabs(scale) * size, least = at - error, largest = at + error;
-    exact[p * most + j] = at;
-    low[p * most + j] = fmin(least, fmin(alone(least + nudge), quantized<T>(least + nudge)));
-    high[p * most + j] = fmax(largest, fmax(alone(largest - nudge), quantized<T>(largest - nudge)));
-}
+template <typename T> struct alignas(16) Piece { T at[16 / sizeof(T)]; };
 
-template <typename Join> __device__ inline double over_block(double value, double (&room)[THREADS / 32], Join join) {
+__device__ inline double infinity() { return __longlong_as_double(2047ll << 52); }
+__device__ inline double nan_of() { return __longlong_as_double(4095ll << 51); }
+
+struct Add {
+    __device__ double operator()(double a, double b) const { return a + b; }
+};
+struct Most {
+    __device__ double operator()(double a, double b) const { return fmax(a, b); }
+};
+
+template <typename Join> __device__ inline double over_warp(double value, Join join) {
     for (int by = 16; by; by /= 2) value = join(value, __shfl_xor_sync(~0u, value, by));
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = room[0];
-    for (int warp = 1; warp < THREADS / 32; warp++) value = join(value, room[warp]);
     return value;
 }
 
-struct Add { __device__ double operator()(double a, double b) const { return a + b; } };
-struct Most { __device__ double operator()(double a, double b) const { return a < b ? b : a; } };
-
-// exact becomes the weights, high how far they may be off.
-extern "C" __global__ void __launch_bounds__(128) weigh_keys(
-    double* exact, const double* low, double* high, const i64* count, const i64 most, const double exponent,
-    const double exponential, double* totals) {
-    __shared__ double room[THREADS / 32];
-    const i64 p = blockIdx.x, keys = count[p];
-    double *weights = exact + p * most, *off = high + p * most;
-    const double* leasts = low + p * most;
-    double top = -__longlong_as_double(2047ll << 52), total = 0.0, total_least = 0.0;
-    for (i64 j = threadIdx.x; j < keys; j += THREADS) top = Most()(top, weights[j]);
-    top = over_block(top, room, Most());
-    for (i64 j = threadIdx.x; j < keys; j += THREADS) {
-        const double below = weights[j] - top, spread = exponent * below, weight = exp(below);
-        const double least = exp(leasts[j] - top + spread) * (1.0 - exponential);
-        const double largest = exp(off[j] - top - spread) * (1.0 + exponential);
-        total += weight;
-        total_least += least;
-        weights[j] = weight;
-        off[j] = fmax(largest - weight, weight - least);
-    }
-    total = over_block(total, room, Add());
-    total_least = over_block(total_least, room, Add());
-    if (!threadIdx.x) totals[2 * p] = total, totals[2 * p + 1] = total_least;
-}
-
-// parts (pairs, splits, 2, e)
-template <typename T>
-__device__ inline void sum_values(const T* v, const i64* first, const i64* count, i64 most, int e, const double* weights, double* parts) {
-    const i64 p = blockIdx.y, splits = gridDim.x;
-    const i64 begin = count[p] * blockIdx.x / splits, end = count[p] * (blockIdx.x + 1) / splits;
-    for (int i = threadIdx.x; i < e; i += THREADS) {
-        double sum = 0.0, size = 0.0;
-#pragma unroll 4
-        for (i64 j = begin; j < end; j++) {
-            const double weight = weights[p * most + j], value = (double)widen(v[(first[p] + j) * e + i]);
-            sum = fma(weight, value, sum);
-            size = fma(weight, fabs(value), size);
+// tile[c][threadIdx.x] = line[c], zero from `count` on (which may be negative).
+template <typename T> __device__ inline void load_line(float (&tile)[DEPTH][KEYS], const T* line, i64 count) {
+    constexpr int WIDTH = 16 / sizeof(T);
+    if (count >= DEPTH && !((u64)line & 15)) {
+#pragma unroll
+        for (int c = 0; c < DEPTH; c += WIDTH) {
+            const Piece<T> piece = *(const Piece<T>*)(line + c);
+#pragma unroll
+            for (int i = 0; i < WIDTH; i++) tile[c + i][threadIdx.x] = widen(piece.at[i]);
         }
-        parts[((p * splits + blockIdx.x) * 2) * e + i] = sum;
-        parts[((p * splits + blockIdx.x) * 2 + 1) * e + i] = size;
+    } else {
+#pragma unroll 8
+        for (int c = 0; c < DEPTH; c++) tile[c][threadIdx.x] = c < count ? widen(line[c]) : 0.0f;
     }
 }
 
-// z (pairs, 2, e): the row, and sum p |v|
-extern "C" __global__ void __launch_bounds__(128) join_values(
-    const double* parts, const int splits, const int e, const double* totals, double* z) {
-    const i64 p = blockIdx.x;
-    for (int i = threadIdx.x; i < 2 * e; i += THREADS) {
-        double sum = 0.0;
-        for (int split = 0; split < splits; split++) sum += parts[(p * splits + split) * 2 * e + i];
-        z[p * 2 * e + i] = sum / totals[2 * p];
-    }
-}
-
-// parts (pairs, splits, e)
+// What is added to score j of a row. A mask of 0 columns: none; of 1: for all keys; others hide keys beyond their end.
 template <typename T>
-__device__ inline void move_values(const T* v, const i64* first, const i64* count, i64 most, int e, const double* off, const double* z, double* parts) {
-    const i64 p = blockIdx.y, splits = gridDim.x;
-    const i64 begin = count[p] * blockIdx.x / splits, end = count[p] * (blockIdx.x + 1) / splits;
-    for (int i = threadIdx.x; i < e; i += THREADS) {
-        const double own = z[p * 2 * e + i];
-        double away = 0.0;
+__device__ inline double bias_of(const u8* mask, i64 columns, int boolean, const Row& row, i64 j) {
+    const double hidden = j < row.limit ? 0.0 : -infinity();
+    if (!columns) return hidden;
+    if (columns > 1 && j >= columns) return -infinity();
+    const i64 at = row.mask + (columns > 1 ? j : 0);
+    if (boolean) return mask[at] ? hidden : -infinity();
+    return hidden + (double)widen(((const T*)mask)[at]);
+}
+
+template <typename T>
+__device__ inline void score(const T* q, const T* k, i64 k_stride, const u8* mask, i64 columns, int boolean,
+                             const Tile* tiles, const Row* rows, i64 d, Errors may, i64 stride, double* x, double* e,
+                             double* tops) {
+    __shared__ float tile[DEPTH][KEYS];
+    __shared__ double query[DEPTH][ROWS];
+    __shared__ double room[WARPS];
+    const Tile own = tiles[blockIdx.y];
+    const i64 keys = rows[own.first].keys, start = (i64)blockIdx.x * KEYS, j = start + threadIdx.x;
+    if (start >= keys) return;
+    double products[ROWS] = {}, sizes[ROWS] = {};
+    for (i64 from = 0; from < d; from += DEPTH) {
+        load_line(tile, k + own.k + j * k_stride + from, j < keys ? d - from : 0);
+        const int line = threadIdx.x / DEPTH, place = threadIdx.x % DEPTH;
+        query[place][line] = line < own.rows && from + place < d ? widen(q[rows[own.first + line].q + from + place]) : 0.0;
+        __syncthreads();
 #pragma unroll 4
-        for (i64 j = begin; j < end; j++)
-            away = fma(off[p * most + j], fabs((double)widen(v[(first[p] + j) * e + i]) - own), away);
-        parts[(p * splits + blockIdx.x) * e + i] = away;
+        for (int c = 0; c < DEPTH; c++) {
+            const double value = (double)tile[c][threadIdx.x], size = fabs(value);
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                const double factor = query[c][i];
+                products[i] = fma(factor, value, products[i]);
+                sizes[i] = fma(fabs(factor), size, sizes[i]);
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+        if (i < own.rows) {
+            const i64 row = own.first + i;
+            double exact = -infinity(), error = 0.0;
+            if (j < keys) {
+                const double bias = bias_of<T>(mask, columns, boolean, rows[row], j);
+                if (!(bias == -infinity())) {
+                    double found = may.scale * products[i];
+                    error = may.product * fabs(may.scale) * sizes[i] + may.score * fabs(found);
+                    if (may.softcap > 0.0) {
+                        found = may.softcap * tanh(found / may.softcap);
+                        error += may.score * 2.0 * fabs(found) + may.cap * may.softcap;
+                    }
+                    exact = is_finite(error) ? found + bias : nan_of();
+                }
+                x[row * stride + j] = exact;
+                e[row * stride + j] = error;
+            }
+            const double top = over_warp(exact, Most());
+            if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = top;
+            __syncthreads();
+            if (threadIdx.x == 0) tops[row * gridDim.x + blockIdx.x] = fmax(fmax(room[0], room[1]), fmax(room[2], room[3]));
+            __syncthreads();
+        }
+}
+
+// Nearest even in T, or infinity.
+template <typename T> __device__ inline double round_to(double value) {
+    const i64 exponent = __double_as_longlong(value) >> 52 & 2047, least = Format<T>::e_min + 1023;
+    const double quantum = __longlong_as_double((exponent > least ? exponent : least) - Format<T>::p + 1 << 52);
+    const double rounded = rint(value / quantum) * quantum, beyond = __longlong_as_double((1025ll - Format<T>::e_min) << 52);
+    return fabs(rounded) < beyond ? rounded : copysign(infinity(), rounded);
+}
+template <typename T> __device__ inline double downward(double value) {
+    return fmin(fmin(value, (double)(float)value), round_to<T>(value));
+}
+template <typename T> __device__ inline double upward(double value) {
+    return fmax(fmax(value, (double)(float)value), round_to<T>(value));
+}
+
+template <typename T>
+__device__ inline void weigh(double* x, double* e, i64 stride, const double* tops, const Row* rows, i64 d, double product,
+                             double exponent, double exponential, double* sums) {
+    __shared__ double room[4][WARPS];
+    const i64 keys = rows[blockIdx.y].keys, j = (i64)blockIdx.x * KEYS + threadIdx.x, at = blockIdx.y * stride + j;
+    if ((i64)blockIdx.x * KEYS >= keys) return;
+    double top = -infinity();
+    for (i64 block = threadIdx.x % 32; block * KEYS < keys; block += 32)
+        top = fmax(top, tops[(i64)blockIdx.y * gridDim.x + block]);
+    top = over_warp(top, Most());
+    double found[4] = {};
+    if (j < keys) {
+        const double exact = x[at], error = e[at];
+        double weight = -1.0, distance = -1.0;
+        if (!(exact == -infinity())) {
+            const double doubt = (double)(d + 34) * 0x1p-52 * (error / product + fabs(exact));
+            const double low = downward<T>(exact - error + doubt), high = upward<T>(exact + error - doubt);
+            const double spread = exponent * (top - exact);
+            const double least = exp(low - top - spread) * (1.0 - exponential);
+            const double most = exp(high - top + spread) * (1.0 + exponential);
+            const bool sound = fabs(top) <= MOST_SCORE && upward<T>(exact + error + doubt) - top + spread <= MOST_GROWTH;
+            weight = sound ? exp(exact - top) : nan_of();
+            distance = fmax(most - weight, weight - least);
+            found[0] = weight;
+            found[1] = least;
+            found[2] = distance;
+            found[3] = exact + doubt - top > -800.0 || most > 0.0 ? doubt : 0.0;
+        }
+        x[at] = weight;
+        e[at] = distance;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const double joined = i < 3 ? over_warp(found[i], Add()) : over_warp(found[i], Most());
+        if (threadIdx.x % 32 == 0) room[i][threadIdx.x / 32] = joined;
+    }
+    __syncthreads();
+    if (threadIdx.x < 4) {
+        const double* of = room[threadIdx.x];
+        const double added = of[0] + of[1] + of[2] + of[3], most = fmax(fmax(of[0], of[1]), fmax(of[2], of[3]));
+        sums[((i64)blockIdx.y * gridDim.x + blockIdx.x) * 4 + threadIdx.x] = threadIdx.x < 3 ? added : most;
     }
 }
 
-// y (rows, e), of which pair p claims row y_at[p]
+// MOVING: of sum weight |v - z|; else of sum weight v and sum weight |v|. A key with a negative weight is not looked at.
+template <typename T, bool MOVING>
+__device__ inline void sum(const double* weights, i64 stride, const T* v, i64 v_stride, const Tile* tiles,
+                           const Row* rows, i64 count, i64 width, int splits, const double* z, double* parts) {
+    constexpr int KINDS = MOVING ? 1 : 2;
+    __shared__ double weight[KEYS][ROWS];
+    __shared__ double joined[KINDS][ROWS][COLUMNS];
+    const Tile own = tiles[blockIdx.y];
+    const i64 keys = rows[own.first].keys, split = blockIdx.x % splits, column = blockIdx.x / splits * COLUMNS;
+    const i64 begin = keys * split / splits, end = keys * (split + 1) / splits;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    double found[KINDS][ROWS][2] = {}, from[ROWS][2];
+    bool inside[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const i64 c = column + lane + 32 * half;
+        inside[half] = c < width;
+#pragma unroll
+        for (int i = 0; i < ROWS; i++)
+            from[i][half] = MOVING && inside[half] && i < own.rows ? z[(own.first + i) * width + c] : 0.0;
+    }
+    const T* values = v + own.v + column + lane;
+    for (i64 first = begin; first < end; first += KEYS) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            const bool there = i < own.rows && first + threadIdx.x < end;
+            weight[threadIdx.x][i] = there ? weights[(own.first + i) * stride + first + threadIdx.x] : -1.0;
+        }
+        __syncthreads();
+        for (int run = warp * RUN; run < KEYS; run += WARPS * RUN) {
+            float value[RUN][2];
+#pragma unroll
+            for (int key = 0; key < RUN; key++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    value[key][half] = inside[half] && first + run + key < end
+                                           ? widen(values[(first + run + key) * v_stride + 32 * half])
+                                           : 0.0f;
+#pragma unroll
+            for (int key = 0; key < RUN; key++) {
+                const double left = (double)value[key][0], right = (double)value[key][1];
+#pragma unroll
+                for (int i = 0; i < ROWS; i++) {
+                    const double factor = weight[run + key][i];
+                    if (factor < 0.0) continue;
+                    if (MOVING) {
+                        found[0][i][0] = fma(factor, fabs(left - from[i][0]), found[0][i][0]);
+                        found[0][i][1] = fma(factor, fabs(right - from[i][1]), found[0][i][1]);
+                    } else {
+                        found[0][i][0] = fma(factor, left, found[0][i][0]);
+                        found[0][i][1] = fma(factor, right, found[0][i][1]);
+                        found[KINDS - 1][i][0] = fma(factor, fabs(left), found[KINDS - 1][i][0]);
+                        found[KINDS - 1][i][1] = fma(factor, fabs(right), found[KINDS - 1][i][1]);
+                    }
+                }
+            }
+        }
+        __syncthreads();
+    }
+    for (int turn = 0; turn < WARPS; turn++) {
+        if (turn == warp)
+#pragma unroll
+            for (int kind = 0; kind < KINDS; kind++)
+#pragma unroll
+                for (int i = 0; i < ROWS; i++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        double* at = &joined[kind][i][lane + 32 * half];
+                        *at = turn ? *at + found[kind][i][half] : found[kind][i][half];
+                    }
+        __syncthreads();
+    }
+    for (int at = threadIdx.x; at < KINDS * ROWS * COLUMNS; at += KEYS) {
+        const int kind = at / (ROWS * COLUMNS), i = at / COLUMNS % ROWS, c = at % COLUMNS;
+        if (i < own.rows && column + c < width)
+            parts[((split * KINDS + kind) * count + own.first + i) * width + column + c] = joined[kind][i][c];
+    }
+}
+
 template <typename T>
-__device__ inline void judge_attention(const double* parts, int splits, int e, const double* totals, const double* z, const double* sums, const i64* count, const T* y, const i64* y_at, u64* mark) {
-    const i64 p = blockIdx.x;
+__device__ inline void settle(const T* q, i64 d, const Row* rows, i64 width, i64 blocks, const double* sums, int splits,
+                              const double* parts, double* z, double* settled) {
+    __shared__ double room[5][WARPS];
+    const Row row = rows[blockIdx.x];
+    const i64 count = gridDim.x;
+    double found[5] = {};
+    for (i64 block = threadIdx.x; block * KEYS < row.keys; block += KEYS) {
+        const double* of = sums + (blockIdx.x * blocks + block) * 4;
+        for (int i = 0; i < 3; i++) found[i] += of[i];
+        found[3] = fmax(found[3], of[3]);
+    }
+    for (i64 c = threadIdx.x; c < d; c += KEYS) found[4] += is_finite((double)widen(q[row.q + c])) ? 0.0 : 1.0;
+#pragma unroll
+    for (int i = 0; i < 5; i++) {
+        const double joined = i == 3 ? over_warp(found[i], Most()) : over_warp(found[i], Add());
+        if (threadIdx.x % 32 == 0) room[i][threadIdx.x / 32] = joined;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 5; i++) {
+        const double* of = room[i];
+        found[i] = i == 3 ? fmax(fmax(of[0], of[1]), fmax(of[2], of[3])) : of[0] + of[1] + of[2] + of[3];
+    }
+    const bool empty = found[0] == 0.0;  // a row without any key is zero; others weigh 1 at least
+    const bool sound = found[4] == 0.0 && (empty || (found[1] >= LEAST_SUM && found[3] <= MOST_DOUBT));
+    const double total = sound ? (empty ? 1.0 : found[0]) : nan_of();
+    for (i64 c = threadIdx.x; c < width; c += KEYS)
+        for (int kind = 0; kind < 2; kind++) {
+            double sum = 0.0;
+            for (i64 split = 0; split < splits; split++) sum += parts[((split * 2 + kind) * count + blockIdx.x) * width + c];
+            z[(kind * count + blockIdx.x) * width + c] = sum / total;
+        }
+    if (threadIdx.x == 0) {
+        const double least = empty ? 1.0 : found[1];
+        settled[blockIdx.x * 3] = least;
+        settled[blockIdx.x * 3 + 1] = (4.0 * found[0] + 3.0 * found[2]) / least;
+        settled[blockIdx.x * 3 + 2] = 8.0 * found[3] + 0x1p-47 + (double)(row.keys + 16) * 0x1p-50;
+    }
+}
+
+template <typename T>
+__device__ inline void judge(const double* z, const double* settled, const double* parts, int splits, const Row* rows,
+                             const double* allowed, i64 count, i64 width, const T* y, u64* mark) {
+    const i64 entries = count * width;
     Tally tally;
-    for (int i = threadIdx.x; i < e; i += THREADS) {
-        double away = 0.0;
-        for (int split = 0; split < splits; split++) away += parts[(p * splits + split) * e + i];
-        const double size = z[(p * 2 + 1) * e + i], slack = away / totals[2 * p + 1] + sums[p] * size;
-        tally.entry(y[y_at[p] * e + i], z[p * 2 * e + i], slack, (double)count[p] * 0x1p-50 * size + 0x1p-20 * slack);
+    for (i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x; at < entries; at += (i64)gridDim.x * blockDim.x) {
+        const i64 row = at / width;
+        const double *of = settled + row * 3, size = z[entries + at];
+        double move = 0.0;
+        for (i64 split = 0; split < splits; split++) move += parts[split * entries + at];
+        const double slack = move / of[0] + allowed[row] * size;
+        tally.entry(y[rows[row].y + at % width], z[at], slack, of[2] * (size * (2.0 + of[1]) + 3.0 * slack));
     }
     tally.report(mark);
 }
 
 #define KERNELS(T, SUFFIX)                                                                                             \
     extern "C" __global__ void __launch_bounds__(128) score_keys_##SUFFIX(                                             \
-        const T* q, const i64* q_at, const T* k, const i64* first, const i64* count, const i64 most, const int d,      \
-        const double scale, const double product, const double relative, double* exact, double* low, double* high) {   \
-        score(q, q_at, k, first, count, most, d, scale, product, relative, exact, low, high);                          \
+        const T* q, const T* k, const i64 k_stride, const u8* mask, const i64 columns, const int boolean,              \
+        const i64* tiles, const i64* rows, const i64 d, const double scale, const double softcap,                      \
+        const double product, const double may, const double cap, const i64 stride, double* x, double* e,              \
+        double* tops) {                                                                                                \
+        score(q, k, k_stride, mask, columns, boolean, (const Tile*)tiles, (const Row*)rows, d,                         \
+              Errors{scale, softcap, product, may, cap}, stride, x, e, tops);                                          \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128) weigh_keys_##SUFFIX(                                             \
+        double* x, double* e, const i64 stride, const double* tops, const i64* rows, const i64 d,                      \
+        const double product, const double exponent, const double exponential, double* sums) {                         \
+        weigh<T>(x, e, stride, tops, (const Row*)rows, d, product, exponent, exponential, sums);                       \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128) sum_values_##SUFFIX(                                             \
-        const T* v, const i64* first, const i64* count, const i64 most, const int e, const double* weights,            \
-        double* parts) {                                                                                               \
-        sum_values(v, first, count, most, e, weights, parts);                                                          \
+        const double* weights, const i64 stride, const T* v, const i64 v_stride, const i64* tiles, const i64* rows,    \
+        const i64 count, const i64 width, const int splits, double* parts) {                                           \
+        sum<T, false>(weights, stride, v, v_stride, (const Tile*)tiles, (const Row*)rows, count, width, splits,        \
+                      nullptr, parts);                                                                                 \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128) settle_rows_##SUFFIX(                                            \
+        const T* q, const i64 d, const i64* rows, const i64 width, const i64 blocks, const double* sums,               \
+        const int splits, const double* parts, double* z, double* settled) {                                           \
+        settle(q, d, (const Row*)rows, width, blocks, sums, splits, parts, z, settled);                                \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128) move_values_##SUFFIX(                                            \
-        const T* v, const i64* first, const i64* count, const i64 most, const int e, const double* off,                \
-        const double* z, double* parts) {                                                                              \
-        move_values(v, first, count, most, e, off, z, parts);                                                          \
+        const double* distances, const i64 stride, const T* v, const i64 v_stride, const i64* tiles, const i64* rows,  \
+        const i64 count, const i64 width, const int splits, const double* z, double* parts) {                          \
+        sum<T, true>(distances, stride, v, v_stride, (const Tile*)tiles, (const Row*)rows, count, width, splits, z,    \
+                     parts);                                                                                           \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128) judge_attention_##SUFFIX(                                        \
-        const double* parts, const int splits, const int e, const double* totals, const double* z,                     \
-        const double* sums, const i64* count, const T* y, const i64* y_at, u64* mark) {                                \
-        judge_attention(parts, splits, e, totals, z, sums, count, y, y_at, mark);                                      \
+        const double* z, const double* settled, const double* parts, const int splits, const i64* rows,                \
+        const double* allowed, const i64 count, const i64 width, const T* y, u64* mark) {                              \
+        judge(z, settled, parts, splits, (const Row*)rows, allowed, count, width, y, mark);                            \
     }
 
 KERNELS(bf16, bf16)

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpu.clearing.rotary import Turn, clear_rotary
+from gpu.clearing.stand import Stand
+from gpu.device import Memory
 from gpu.ops.call import Call, Family, Measure, Op, RowIds, Site, distinct, every_row
 from gpu.rounding import FORMATS, U32, Array, Interval, compare, compare_equal, determined, round_to
 from proof.errors import Reason, Rejected
@@ -48,12 +51,24 @@ def _check(call: Call) -> Measure:
     compare_equal(y[..., turned:], given[..., turned:])
     first, second = _pairs(call.site, given[..., :turned].astype(np.float64))
     real, imaginary = _pairs(call.site, y[..., :turned])
-    unit = FORMATS[claimed.dtype].u + U32 * (claimed.dtype.itemsize < 8)
+    unit = _unit(claimed.dtype)
     worst = max(
         compare(real, c * first - s * second, unit * (np.abs(c * first) + np.abs(s * second))),
         compare(imaginary, s * first + c * second, unit * (np.abs(s * first) + np.abs(c * second))),
     )
     return Measure(claimed.size, worst)
+
+
+def _unit(dtype: np.dtype) -> float:
+    return FORMATS[dtype].u + U32 * (dtype.itemsize < 8)
+
+
+def _clear(call: Call, stand: Stand, mark: Memory) -> bool:
+    interleaved = bool(call.site.node.attributes.get("interleaved", 0))
+    x = call.site.inputs[X]
+    if x is None or x.dtype not in FORMATS:
+        return False
+    return clear_rotary(call, stand, mark, Turn(_numbers(call), _heads(call.site), interleaved, _unit(x.dtype)))
 
 
 def _interval(call: Call) -> Interval:
@@ -73,8 +88,22 @@ def _operands(call: Call) -> tuple[npt.NDArray[Any], Array, Array, int]:
     assert x is not None
     assert cos is not None
     assert sin is not None
-    rows = call.rows[0]
-    numbers = _places(call.site, rows)
+    rows, numbers, heads = call.rows[0], _numbers(call), _heads(call.site)
+    given = x.take(rows).reshape(len(rows), heads, x.spec.width // heads)
+    c, s = (table.take(numbers)[:, None, :].astype(np.float64) for table in (cos, sin))
+    return given, c, s, 2 * c.shape[-1]
+
+
+def _heads(site: Site) -> int:
+    x = site.inputs[X]
+    assert x is not None
+    return int(site.node.attributes.get("num_heads", 0)) if len(x.shape) == 3 else 1
+
+
+def _numbers(call: Call) -> Ints:
+    """The row of the tables for each checked row. Raises Rejected where a position lies outside them."""
+    numbers, cos = _places(call.site, call.rows[0]), call.inputs[COS]
+    assert cos is not None
     if _given_positions(call.site):
         positions = call.inputs[POSITIONS]
         assert positions is not None
@@ -82,10 +111,7 @@ def _operands(call: Call) -> tuple[npt.NDArray[Any], Array, Array, int]:
         numbers = np.where(numbers < 0, numbers + cos.spec.rows, numbers)
         if ((numbers < 0) | (numbers >= cos.spec.rows)).any():
             raise Rejected(Reason.REEXECUTION, f"a position lies outside a table of {cos.spec.rows}")
-    heads = int(call.site.node.attributes.get("num_heads", 0)) if len(x.spec.shape) == 3 else 1
-    given = x.take(rows).reshape(len(rows), heads, x.spec.width // heads)
-    c, s = (table.take(numbers)[:, None, :].astype(np.float64) for table in (cos, sin))
-    return given, c, s, 2 * c.shape[-1]
+    return numbers
 
 
 def _pairs(site: Site, turned: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -97,5 +123,5 @@ def _pairs(site: Site, turned: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.
 
 
 OPS: dict[tuple[str, str], Op] = {
-    ("", "RotaryEmbedding"): Op(family=Family.ATTENTION, reach=_reach, check=_check, interval=_interval),
+    ("", "RotaryEmbedding"): Op(family=Family.ATTENTION, reach=_reach, check=_check, interval=_interval, clear=_clear),
 }

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gpu.clearing import attention
+from gpu.clearing import attention, rotary
 from gpu.ops.registry import REGISTRY
 from gpu.rounding import half_ulp
 from tests.gpu.clearing import accepts, agree, call_of, lies, taken
@@ -25,7 +25,8 @@ SIZES = {  # batch, heads, groups, queries, keys, width of Q and K, of V
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(attention, "LEAST", 0)
+    for module in (attention, rotary):
+        monkeypatch.setattr(module, "LEAST", 0)
 
 
 def attend(q, k, v, causal, scale=None):
@@ -119,3 +120,55 @@ def test_other_forms_are_not_taken(device):
         run = assembled(Case("Attention", inputs, attributes, opset=24), [q])
         rows = (np.arange(8),)
         assert not taken(device, OP, call_of(OP, run, rows, claims(run, rows)))
+
+
+TURNS = {  # shapes of x, cosines and positions; attributes
+    "positions": ((2, 4, 6, 8), (20, 4), (2, 6), {}),
+    "interleaved": ((2, 4, 6, 8), (20, 4), (2, 6), {"interleaved": 1}),
+    "a row each": ((2, 4, 6, 8), (2, 6, 4), None, {}),
+    "heads side by side": ((2, 6, 32), (20, 4), (2, 6), {"num_heads": 4}),
+    "half of a head": ((2, 4, 6, 8), (20, 2), (2, 6), {"rotary_embedding_dim": 4}),
+}
+
+
+def turned(x, cos, sin, positions, attributes):
+    """RotaryEmbedding in float32: both products and their sum rounded to the dtype."""
+    heads = attributes.get("num_heads", 1)
+    c, s = ((table[positions] if positions is not None else table).astype(np.float32) for table in (cos, sin))
+    wide = x.astype(np.float32)
+    if x.ndim == 3:
+        wide = wide.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+    c, s, count = c[:, None], s[:, None], 2 * c.shape[-1]
+    part, rest = wide[..., :count], wide[..., count:]
+    if attributes.get("interleaved"):
+        a, b = part[..., ::2], part[..., 1::2]
+        part = np.stack([a * c - b * s, a * s + b * c], axis=-1).reshape(part.shape)
+    else:
+        a, b = np.split(part, 2, axis=-1)
+        part = np.concatenate([a * c - b * s, a * s + b * c], axis=-1)
+    made = np.concatenate([part, rest], axis=-1)
+    return (made.transpose(0, 2, 1, 3).reshape(x.shape) if x.ndim == 3 else made).astype(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", TURNS.values(), ids=TURNS.keys())
+def test_turned_rows_are_cleared_and_lies_are_not(device, form, dtype):
+    rng = np.random.default_rng(3)
+    shape, table, places, attributes = form
+    x, angles = rng.standard_normal(shape).astype(dtype), rng.standard_normal(table)
+    cos, sin = np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+    positions = None if places is None else rng.integers(0, table[0], places)
+    inputs = [x, cos, sin, *([] if positions is None else [positions])]
+    run = assembled(Case("RotaryEmbedding", inputs, attributes, opset=24), [turned(x, cos, sin, positions, attributes)])
+    op, rows = REGISTRY["", "RotaryEmbedding"], (np.unique(rng.integers(0, run.site.outputs[0].rows, 6)),)
+    honest = claims(run, rows)
+    assert accepts(op, call_of(op, run, rows, honest)) is not None
+    assert agree(device, op, call_of(op, run, rows, honest))
+    for name, lie in lies(honest[0], rng).items():
+        assert not agree(device, op, call_of(op, run, rows, [lie])), name
+    for column in range(0, honest[0].shape[1], 3):
+        for steps in (-9, -3, -2, -1, 1, 2, 3, 9):
+            bent = honest[0].copy()
+            value = bent[1, column].astype(np.float64)
+            bent[1, column] = value + steps * half_ulp(value, dtype)
+            agree(device, op, call_of(op, run, rows, [bent]))
