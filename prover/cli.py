@@ -1,6 +1,8 @@
 """Commands of the proving side: model, run, commit, open, take."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gpu.device import select
 from gpu.plan import Model
 from gpu.plan import report as describe
+from gpu.resident import Resident
 from proof import bundle
 from proof.attestation import read_key, sign_commitment
 from proof.digest import canonical
@@ -21,7 +25,6 @@ from proof.graph import read_graph
 from proof.messages import MAX_MESSAGE_BYTES, Challenge, Commitment, Task
 from proof.policy import policy
 from prover import prove
-from prover.prove import Engine
 
 cli = typer.Typer()
 model_cli = typer.Typer(help="Look at a model, or make one of a decoder's folder.", no_args_is_help=True)
@@ -100,7 +103,8 @@ def run(
     """Run a model and record every node output: a decoder with Transformers, any other with ONNX Runtime."""
     opened = Model.open(model)
     with err.status("running the model"):
-        recorded = _engine(model, opened, threads, attention)(bundle.read(inputs).tensors)
+        left = _engine(model, opened, threads, attention).run(bundle.read(inputs).tensors)
+        recorded = {name: tensor.numpy() if isinstance(tensor, Resident) else tensor for name, tensor in left.items()}
     bundle.write(trace, recorded.items(), {"model": opened.id.hex()})
     size = sum(array.nbytes for array in recorded.values())
     _say({"trace": str(trace), "tensors": len(recorded), "bytes": size}, as_json)
@@ -210,25 +214,40 @@ def take(
     opened = Model.open(model)
     with Client(url) as client, err.status("at work"):
         engine = _engine(model, opened, threads, attention)
-        served = serve(client, octets(task, "TASK", 32), opened, engine, read_key(key))
+        served = serve(client, octets(task, "TASK", 32), opened, engine.run, read_key(key))
     verdict = served.verdict
     reason = verdict.reason and str(verdict.reason)
-    _say({"verdict": verdict.verdict, "reason": reason, "detail": verdict.detail}, as_json)
+    told: dict[str, object] = {"verdict": verdict.verdict, "reason": reason, "detail": verdict.detail}
+    _say(told | engine.kept(), as_json)
     if verdict.verdict != "accepted":
         raise typer.Exit(1)
 
 
-def _engine(model: Path, opened: Model, threads: int, attention: str) -> Engine:
+@dataclass(frozen=True)
+class Worker:
+    """What runs a model, and after a run on a device what bytes of it were kept there and in pinned host memory."""
+
+    run: Callable[[Mapping[str, npt.NDArray[Any]]], prove.Recorded]
+    kept: Callable[[], dict[str, int]] = dict
+
+
+def _engine(model: Path, opened: Model, threads: int, attention: str) -> Worker:
     """What runs a model: a worker need only have installed what its own models take."""
+    device = select(os.environ.get("ASSAY_DEVICE", "auto"))
     if not opened.answers:
         from prover.engines import onnxruntime
 
-        return lambda inputs: onnxruntime.record(model, opened, inputs, threads)
+        return Worker(lambda inputs: onnxruntime.record(model, opened, inputs, threads, device))
     try:
         from prover.engines import torch
     except ModuleNotFoundError as error:
         raise Malformed(f"{error.name} is not installed: pip install 'assay[torch]'") from error
-    return torch.loaded(model.parent, opened, threads, attention).generate
+    recorder = torch.loaded(model.parent, opened, threads, attention, device)
+
+    def kept() -> dict[str, int]:
+        return {"device_bytes": recorder.peak.device, "pinned_bytes": recorder.peak.host} if device else {}
+
+    return Worker(recorder.generate, kept)
 
 
 def _committed(model: Path, trace: Path, task: Task | None, policy_name: str) -> prove.Committed:

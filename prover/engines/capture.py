@@ -1,8 +1,8 @@
 """A decoder of Transformers as it stands, watched while it runs: what its modules are given and return.
 
-Hooks keep references, nothing is copied until the run is over. Rotated queries and keys have no module: they are seen
-where the model hands them to its attention function. What a module keeps to itself (the fp32 cosines and norms) is
-computed again afterwards, step by step with the module's own operations, and must lead to the bits that it returned.
+Hooks keep references, which are handed on after each step. Rotated queries and keys have no module: they are seen where
+the model hands them to its attention function. What a module keeps to itself (the fp32 cosines and norms) is computed
+again after the step, with the module's own operations, and must lead to the bits that it returned.
 """
 
 import inspect
@@ -19,7 +19,9 @@ import numpy.typing as npt
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gpu.device import Device
 from proof.errors import Unavailable
+from prover.engines.residents import Kept, Parts, Peak, Room, Tensor, window
 
 Array = npt.NDArray[Any]
 Network = Any  # a causal transformers model
@@ -44,24 +46,40 @@ FOUR_NORMS = {
 HEAD_NORMS = ("q_norm", "k_norm")
 HEADS_FIRST = ("gemma3_text",)  # families that transpose to (heads, tokens) before they normalise heads
 
+LONG = 1024  # tokens of a step that is handed on layer by layer
+UNASKED = 1 << 13  # comparisons
+
 _recording = Lock()  # the attention functions are one table for the whole process
 
 
 @dataclass(frozen=True)
 class Capture:
-    """Tensors of a finished run of (B, tokens), padding included: (B, tokens, c), or (B, heads, tokens, c)."""
+    """Tensors of a finished run of (B, tokens), padding included: (B, tokens, c) or (B, heads, tokens, c), in parts.
 
-    tensors: Mapping[str, Any]
+    `axis` says where a tensor has its tokens.
+    """
 
-    def sequence(self, row: int, start: int, count: int) -> dict[str, Array]:
-        """One sequence of the batch, `count` tokens from `start`; the logits are of all that was answered."""
-        found = {}
-        for name, value in self.tensors.items():
-            own = value[min(row, len(value) - 1)][None]
-            if name != "logits":
-                own = own[..., start : start + count, :]
-            found[name] = as_numpy(own.transpose(1, 2) if _of_heads(name) else own)
-        return found
+    parts: Mapping[str, list[Tensor]]
+    axis: Callable[[str], int]
+
+    def sequence(self, row: int, start: int, count: int, answered: int, joined: bool) -> dict[str, Parts]:
+        """One sequence of the batch, without an axis for it: `count` tokens from `start`; logits of the `answered`.
+
+        Joined, each is a copy in one part.
+        """
+        return {
+            name: self._own(name, row, *((0, answered) if name == "logits" else (start, start + count)), joined)
+            for name in self.parts
+        }
+
+    def _own(self, name: str, row: int, start: int, stop: int, joined: bool) -> Parts:
+        axis = self.axis(name)
+        parts = [part[min(row, len(part) - 1)] for part in window(self.parts[name], axis, start, stop)]
+        own = Parts.of([torch.cat(parts, axis)] if joined else parts, axis + parts[0].ndim)
+        if name.endswith(".attention"):
+            heads = self.parts[name.replace(".attention", ".q_rope")][0].shape[1]
+            return own.reshape((len(own), heads, own.shape[1] // heads)).transpose((1, 0, 2))
+        return own.transpose((1, 0, 2)) if _of_heads(name) and own.axis == 1 else own
 
 
 def as_numpy(value: Any) -> Array:
@@ -75,10 +93,15 @@ def as_numpy(value: Any) -> Array:
 
 
 class Watch:
-    """What has been seen so far, in lists that hooks append to."""
+    """What has been seen so far, in lists that hooks append to, and what was kept of the steps before."""
 
-    def __init__(self, network: Network, names: Container[str]) -> None:
+    def __init__(
+        self, network: Network, names: Container[str], device: Device | None = None, room: Room = None
+    ) -> None:
+        """With a device, at most `room` bytes of what is seen stay in its memory (residents.py)."""
         self._network, self._names = network, names
+        self._kept = Kept(device, room, self._axis)
+        self._apart: list[tuple[str, Any]] = []  # whether what was computed again differs, known once torch got there
         self._steps: Steps = defaultdict(list)
         self._tables: list[tuple[Any, Any, Any, Any]] = []  # layer type, positions, cosines, sines
         self._norms: dict[str, tuple[Any, list[Any]]] = {}  # by name: the module and what it was given
@@ -153,25 +176,42 @@ class Watch:
             if module in modules:
                 queries[modules[module]].append(query)
                 keys[modules[module]].append(_newest(key, query.shape[2]))
+                if self._kept.bounded and query.shape[0] * query.shape[2] >= LONG:
+                    self.turn()
             return original(module, query, key, *args, **kwargs)
 
         return attend
 
-    def done(self) -> Capture:
-        """All steps joined. Raises Unavailable where a module does not compute what we take it to."""
+    @property
+    def peak(self) -> Peak:
+        return self._kept.peak
+
+    def turn(self) -> None:
+        """Hand on what was seen since the last turn: all of a step, or the layers of a long one so far.
+
+        Raises Unavailable, then or later, where a module does not compute what we take it to.
+        """
         self._recompute_tables()
         self._recompute_norms()
         self._recompute_embedding()
-        steps = {name: parts for name, parts in self._steps.items() if name in self._names}
-        for name, parts in steps.items():
-            if _of_heads(name) and self._network.config.model_type not in HEADS_FIRST:
-                steps[name] = [part.transpose(1, 2) for part in parts]
-        tensors = {name: torch.cat(parts, dim=-2) for name, parts in steps.items()}
-        for name, value in tensors.items():
-            if name.endswith(".attention"):
-                heads = tensors[name.replace(".attention", ".q_rope")].shape[1]
-                tensors[name] = value.unflatten(-1, (heads, -1)).transpose(1, 2)
-        return Capture(tensors)
+        step = {}
+        for name, parts in self._steps.items():
+            if parts and name in self._names:
+                step[name] = parts[0] if len(parts) == 1 else torch.cat(parts, self._axis(name))
+            parts.clear()
+        self._kept.add(step)
+        if len(self._apart) > UNASKED:
+            self._ask()
+
+    def done(self) -> Capture:
+        """All steps. Raises Unavailable as `turn` does."""
+        self.turn()
+        self._ask()
+        return Capture(self._kept.parts(), self._axis)
+
+    def _axis(self, name: str) -> int:
+        """Where a tensor has its tokens."""
+        return -3 if _of_heads(name) and self._network.config.model_type not in HEADS_FIRST else -2
 
     def _recompute_tables(self) -> None:
         rotary = self._network.model.rotary_emb
@@ -182,28 +222,43 @@ class Watch:
             self._steps[f"angles{suffix}"].append(freqs)
             for name, exact, returned in zip(("cos", "sin"), (angles.cos(), angles.sin()), cast, strict=True):
                 scaled = exact * getattr(rotary, f"{prefix}attention_scaling")
-                _agree(f"{name}{suffix}", scaled.to(returned.dtype), returned)
+                self._agree(f"{name}{suffix}", scaled.to(returned.dtype), returned)
                 for part, value in (("", exact), ("_scaled", scaled), ("_cast", returned)):
                     self._steps[f"{name}{part}{suffix}"].append(value[..., :half])
+        self._tables.clear()
 
     def _recompute_norms(self) -> None:
         for name, (module, inputs) in self._norms.items():
             if f"{name}.exact" not in self._names:
                 continue
             for given, returned in zip(inputs, self._steps[name], strict=True):
-                exact = module._norm(given.float()) * (1.0 + module.weight.float())
-                _agree(name, exact.type_as(given), returned)
+                wide = given.float()
+                exact = module._norm(wide) * (1.0 + module.weight.float())
+                self._agree(name, exact.type_as(given), returned)
+                self._steps[f"{name}.wide"].append(wide)
                 self._steps[f"{name}.exact"].append(exact)
 
     def _recompute_embedding(self) -> None:
         if "embedding_scaled" not in self._names:
             return
-        module, scaled = self._network.model.embed_tokens, self._steps.pop("embedding")
-        self._steps["embedding_scaled"] = scaled
-        for ids, returned in zip(self._steps["embedding.given"], scaled, strict=True):
+        module, seen = self._network.model.embed_tokens, self._steps["embedding"]
+        for i, (ids, returned) in enumerate(zip(self._steps["embedding.given"], seen, strict=True)):
             rows = torch.nn.functional.embedding(ids, module.weight)
-            _agree("embedding_scaled", rows * module.embed_scale.to(rows.dtype), returned)
-            self._steps["embedding"].append(rows)
+            self._agree("embedding_scaled", rows * module.embed_scale.to(rows.dtype), returned)
+            self._steps["embedding_scaled"].append(returned)
+            seen[i] = rows
+
+    def _agree(self, name: str, computed: Any, returned: Any) -> None:
+        """Compare on the device; what came of it is asked for later, as asking means waiting."""
+        same_form = computed.shape == returned.shape and computed.dtype == returned.dtype
+        self._apart.append((name, (computed != returned).any() if same_form else torch.ones_like(returned).any()))
+
+    def _ask(self) -> None:
+        """Raises Unavailable where a comparison failed."""
+        compared, self._apart = self._apart, []
+        if compared and (apart := torch.stack([flag for _, flag in compared]).cpu()).any():
+            name = compared[int(apart.int().argmax())][0]
+            raise Unavailable(f"{name!r}: the network's module returned other bits than its operations give")
 
 
 def tables_of(kind: str | None) -> tuple[str, str]:
@@ -217,9 +272,4 @@ def _newest(key: Any, count: int) -> Any:
 
 
 def _of_heads(name: str) -> bool:
-    return name.removesuffix(".exact").endswith(HEAD_NORMS)
-
-
-def _agree(name: str, computed: Any, returned: Any) -> None:
-    if not torch.equal(computed, returned):
-        raise Unavailable(f"{name!r}: the network's module returned other bits than its operations give")
+    return name.removesuffix(".exact").removesuffix(".wide").endswith(HEAD_NORMS)

@@ -1,10 +1,12 @@
-"""ONNX Runtime on the CPU, graph optimisations off, every node output recorded under its ONNX name.
+"""ONNX Runtime, graph optimisations off, every node output recorded under its ONNX name.
 
 With optimisations off the outputs are the same bits whether or not inner values are recorded. The CPU has no 16-bit
 float kernels; left alone the runtime would hand unrounded float32 values from node to node, so every node that reads
 16-bit floats is run in float32 between explicit casts: each committed value is what the next node consumed.
 On x86 without VNNI the runtime's uint8 x int8 products saturate and are wrong, so constant int8 operands are handed
 over as uint8 with their zero point moved by 128, which is the same product.
+With a device outputs stay where the runtime left them: in the device's memory, as Residents. The runtime is waited for
+before they are handed out, so that kernels may read them from any stream.
 """
 
 import ctypes
@@ -20,11 +22,15 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
+from gpu.device import Device
 from gpu.plan import Model, Plan
+from gpu.resident import Resident, Segment
 from proof.errors import Malformed
-from proof.graph import load
+from proof.graph import Spec, load
 
 Array = npt.NDArray[Any]
+Trace = dict[str, Any]  # arrays; with a device, outputs as Residents
+Provider = tuple[str, dict[str, str]]  # with its options
 
 REFUSALS = (
     runtime.Fail,
@@ -42,13 +48,29 @@ PRODUCTS = {  # positions of the left operand, the right one, and its zero point
     "QLinearConv": (0, 3, 5),
 }
 UNCAST = {"Cast", "CastLike"}  # they convert themselves
+CPU: Provider = ("CPUExecutionProvider", {})
+PROVIDERS: dict[str, list[Provider]] = {  # by a device's place; TF32 products are no roundings of float32 ones
+    "cpu": [CPU],
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), CPU],
+}
 
 
 class Recorder:
     """A loaded session that returns whole traces of runs with the planned shapes; keep it between runs."""
 
-    def __init__(self, source: Path | bytes, model: Model, plan: Plan, threads: int = 0) -> None:
-        """`threads` 0 leaves the number of threads to the runtime. Raises Malformed when it refuses the graph."""
+    def __init__(
+        self, source: Path | bytes, model: Model, plan: Plan, threads: int = 0, device: Device | None = None
+    ) -> None:
+        """`threads` 0 leaves the number of threads to the runtime.
+
+        A device that this build of the runtime knows nothing of is left alone: the run is the CPU's.
+        Raises Malformed when the runtime refuses the graph.
+        """
+        known = onnxruntime.get_available_providers()
+        self._device = device if device and PROVIDERS[device.place][0][0] in known else None
+        self._place = self._device.place if self._device else "cpu"
+        self._specs = plan.specs
+        self.kept = 0  # bytes that the last run left on the device
         self._inputs = {name: plan.specs[name] for name in plan.inputs}
         self._names = [name for name in plan.tensors if name not in self._inputs]
         options = _options(threads)
@@ -59,29 +81,47 @@ class Recorder:
             )
         try:
             self._session = onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                proto.SerializeToString(), options, providers=PROVIDERS[self._place]
             )
         except REFUSALS as error:
             raise Malformed(f"ONNX Runtime refuses the graph: {error}") from error
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array]) -> Trace:
         """Run once; returns the trace: graph inputs and the output of every node that is not folded."""
         for name, spec in self._inputs.items():
             if name not in inputs or inputs[name].dtype != spec.dtype or inputs[name].shape != spec.shape:
                 raise Malformed(f"input {name!r} must be {spec.dtype}{list(spec.shape)}")
         feeds = {name: _to_runtime(inputs[name]) for name in self._inputs}
         try:
-            values = self._session.run_with_ort_values(self._names, feeds)
+            if self._device:
+                outputs = self._bound(self._device, feeds)
+            else:
+                values = self._session.run_with_ort_values(self._names, feeds)
+                outputs = {name: _from_runtime(value) for name, value in zip(self._names, values, strict=True)}
         except REFUSALS as error:
             raise Malformed(f"ONNX Runtime refused the run: {error}") from error
-        outputs = {name: _from_runtime(value) for name, value in zip(self._names, values, strict=True)}
         return {name: np.asarray(inputs[name], order="C") for name in self._inputs} | outputs
 
+    def _bound(self, device: Device, feeds: Mapping[str, onnxruntime.OrtValue]) -> Trace:
+        """Outputs on the device, in memory that the runtime has for each of them."""
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._names:
+            binding.bind_output(name, self._place)
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        values = dict(zip(self._names, binding.get_outputs(), strict=True))
+        self.kept = sum(self._specs[name].nbytes for name in values)
+        return {name: _resident(device, value, self._specs[name]) for name, value in values.items()}
 
-def record(source: Path | bytes, model: Model, inputs: Mapping[str, Array], threads: int = 0) -> dict[str, Array]:
+
+def record(
+    source: Path | bytes, model: Model, inputs: Mapping[str, Array], threads: int = 0, device: Device | None = None
+) -> Trace:
     """Load, run once and return the trace. Raises Malformed when the inputs do not fit the graph."""
     plan = model.plan({name: array.shape for name, array in inputs.items()})
-    return Recorder(source, model, plan, threads).run(inputs)
+    return Recorder(source, model, plan, threads, device).run(inputs)
 
 
 def _exposed(proto: onnx.ModelProto, model: Model, plan: Plan, names: list[str]) -> onnx.ModelProto:
@@ -146,6 +186,15 @@ def _from_runtime(value: onnxruntime.OrtValue) -> Array:
     shape = tuple(value.shape())
     raw = ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape)))
     return np.frombuffer(raw, BFLOAT16).reshape(shape)
+
+
+def _resident(device: Device, value: onnxruntime.OrtValue, spec: Spec) -> Resident:
+    """Raises Malformed where the runtime gives another shape than the plan: the rows would lie elsewhere."""
+    if tuple(value.shape()) != spec.shape:
+        raise Malformed(f"ONNX Runtime gives {value.shape()} where the graph gives {list(spec.shape)}")
+    width = spec.width * spec.dtype.itemsize
+    rows = Segment(value.data_ptr(), (1, 1, spec.rows), (0, 0, width), width, 0, (0, 0, 1), value)
+    return Resident(device, spec.dtype, spec.shape, (rows,))
 
 
 def plain(source: bytes) -> Callable[[Mapping[str, Array]], list[Array]]:

@@ -1,7 +1,9 @@
 """A decoder of Transformers, unmodified, that generates and hands over every tensor of its graph.
 
 The network runs through its own `generate` with its own cache; only the choice of a token is the task's rule
-(gpu/decoding.py). What was recorded is put into the shapes of the graph once the run is over.
+(gpu/decoding.py). What was recorded is put into the shapes of the graph once the run is over. With a device the
+network's memory is its memory: a trace is then where torch left the rows, nothing copied. torch is waited for before
+traces are handed out, so that kernels may read them from any stream.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,27 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from gpu.decoding import Settings, choose
+from gpu.device import Device
 from gpu.plan import Model, Plan
+from gpu.resident import Resident
 from proof.errors import Malformed
 from proof.graph import Node
-from prover.engines.capture import ATTENTION, Capture, Network, Watch, tables_of
+from prover.engines.capture import ATTENTION, Capture, Network, Watch, as_numpy, tables_of
+from prover.engines.residents import DTYPES, Parts, Peak, Room, settled
 
 Array = npt.NDArray[Any]
 Inputs = Mapping[str, Array]
-Trace = dict[str, Array]
+Trace = dict[str, Any]  # arrays; with a device, what was recorded as Residents
 
-DTYPES = {
-    np.dtype(ml_dtypes.bfloat16): torch.bfloat16,
-    np.dtype(np.float16): torch.float16,
-    np.dtype(np.float32): torch.float32,
-}
 EMBEDDING = "model.embed_tokens.weight"
 SAME_FREQUENCY = 1e-6  # relative: as far as two libraries' fp32 powers are apart
 
@@ -37,10 +36,14 @@ SAME_FREQUENCY = 1e-6  # relative: as far as two libraries' fp32 powers are apar
 class Rule(LogitsProcessor):  # type: ignore[misc]
     """The task's rule in a form that greedy search follows: 0 at the token that it gives, -inf elsewhere."""
 
-    def __init__(self, settings: Sequence[Settings], start: int, end: int) -> None:
-        self._settings, self._start, self._end = settings, start, end
+    def __init__(
+        self, settings: Sequence[Settings], start: int, end: int, stepped: Callable[[], None] = lambda: None
+    ) -> None:
+        """`stepped` is called once a step, when the network has done it."""
+        self._settings, self._start, self._end, self._stepped = settings, start, end, stepped
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._stepped()
         position = input_ids.shape[1] - self._start
         chosen = torch.full_like(scores, -torch.inf)
         for row, settings in enumerate(self._settings):
@@ -49,32 +52,56 @@ class Rule(LogitsProcessor):  # type: ignore[misc]
         return chosen
 
 
-def loaded(folder: Path, statement: Model, threads: int, attention: str) -> "Recorder":
-    """The network in a Transformers folder, as it stands. Raises Malformed where it is none, or not the statement's."""
+def loaded(
+    folder: Path,
+    statement: Model,
+    threads: int,
+    attention: str,
+    device: Device | None = None,
+    room: Room = "a quarter",
+) -> "Recorder":
+    """The network in a Transformers folder, as it stands, in the memory of `device` if there is one.
+
+    Raises Malformed where it is none, or not the statement's.
+    """
     if threads:
         torch.set_num_threads(threads)
+    place = device.place if device else "cpu"
+    if place == "cuda":
+        if not torch.cuda.is_available():
+            raise Malformed("this PyTorch has no CUDA: install one that has, or run on the CPU with ASSAY_DEVICE=cpu")
+        # sums in 16 bit are no rounding of float32 sums, which is what the verifier allows for
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     try:
         network = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", attn_implementation=attention, local_files_only=True
         )
     except (OSError, ValueError, ImportError) as error:
         raise Malformed(f"Transformers does not load {folder}: {error}") from error
-    return Recorder(network.eval(), statement)
+    return Recorder(network.eval().to(place), statement, device, room)
 
 
 class Recorder:
     """Keep it between runs; one run at a time in a process."""
 
-    def __init__(self, network: Network, statement: Model) -> None:
-        """Raises Malformed where the network is not of the statement's sizes, dtype or frequencies.
+    def __init__(
+        self, network: Network, statement: Model, device: Device | None = None, room: Room = "a quarter"
+    ) -> None:
+        """With a device, at most `room` bytes of rows stay in its memory, and one step or one layer of a long step.
 
+        Raises Malformed where the network is not of the statement's sizes, dtype or frequencies, or not on the device.
         Weights are not compared: that is the verifier's business.
         """
         _fit(network, statement)
+        if device and network.device.type != device.place:
+            raise Malformed(f"the network is on {network.device.type!r}, the device is {device.name}")
         self._network, self.statement = network, statement
+        self._device, self._room = device, room
         self._names = frozenset(name for node in statement.nodes for name in node.outputs)
         decode = next(node for node in statement.nodes if node.op == "Decode")
         self._eos = list(decode.attributes["eos"])
+        self.peak = Peak(0, 0)  # of the last run
 
     def generate(self, inputs: Inputs) -> Trace:
         """Answer a prompt; the trace, `answer` included. Takes the task's inputs."""
@@ -102,14 +129,16 @@ class Recorder:
                 ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([Rule(settings, longest, end)]),
+                logits_processor=LogitsProcessorList([Rule(settings, longest, end, watch.turn)]),
             )
             capture = watch.done()
         answers = written[:, longest:].cpu().numpy()
-        return [
+        traces = [
             self._trace(capture, row, longest - len(prompt), {**inputs, "answer": self._ended(answer, asked)})
             for row, (inputs, prompt, asked, answer) in enumerate(zip(batch, prompts, settings, answers, strict=True))
         ]
+        settled(self._network)
+        return traces
 
     def forward(self, inputs: Inputs) -> Trace:
         """One causal pass over `prompt` and `answer`, nothing sampled."""
@@ -121,7 +150,9 @@ class Recorder:
                 logits_to_keep=len(inputs["answer"]),
             )
             capture = watch.done()
-        return self._trace(capture, 0, 0, inputs)
+        trace = self._trace(capture, 0, 0, inputs)
+        settled(self._network)
+        return trace
 
     def _ids(self, inputs: Inputs, name: str) -> Array:
         ids = inputs[name]
@@ -142,8 +173,9 @@ class Recorder:
         try:
             for buffer, stated in _frequencies(self._network, self.statement):
                 buffer.copy_(torch.tensor(stated))
-            with Watch(self._network, self._names).seeing() as watch:
+            with Watch(self._network, self._names, self._device, self._room).seeing() as watch:
                 yield watch
+                self.peak = watch.peak
         finally:
             for buffer, own in kept:
                 buffer.copy_(own)
@@ -160,43 +192,51 @@ class Recorder:
 
     def _trace(self, capture: Capture, row: int, start: int, inputs: Inputs) -> Trace:
         plan = self.statement.plan({i.name: inputs[i.name].shape for i in self.statement.graph.inputs})
-        seen = capture.sequence(row, start, plan.specs["ids"].size)
-        seen["logits"] = seen["logits"][:, : plan.specs["answer"].size]
+        count, answered, device = plan.specs["ids"].size, plan.specs["answer"].size, self._device
+        seen = capture.sequence(row, start, count, answered, joined=device is None)
         found: Trace = {name: inputs[name] for name in plan.inputs} | dict(plan.known)
         for node in plan.nodes:
             (name,) = node.outputs
-            if name not in plan.derived:
-                found[name] = _fitted(seen[name], plan, name) if name in seen else _moved(node, found, plan)
-        return {name: np.ascontiguousarray(found[name]).reshape(plan.specs[name].shape) for name in plan.tensors}
+            if name in plan.derived:
+                continue
+            if name in seen:
+                found[name] = _fitted(seen[name] if device else as_numpy(seen[name].parts[0]), plan, name)
+            else:
+                found[name] = _moved(node, found, plan)
+        return {name: _left(found[name], device, plan.specs[name].shape) for name in plan.tensors}
 
 
-def _fitted(array: Array, plan: Plan, name: str) -> Array:
-    """A recorded tensor without its batch of one where the graph has none."""
+def _left(found: Array | Parts, device: Device | None, shape: tuple[int, ...]) -> Array | Resident:
+    if device and isinstance(found, Parts):
+        return found.resident(device)
+    return np.ascontiguousarray(found).reshape(shape)
+
+
+def _fitted(recorded: Any, plan: Plan, name: str) -> Any:
+    """A recorded tensor with the batch of one that the graph may give it."""
     shape = plan.specs[name].shape
-    array = array[0] if len(shape) < array.ndim else array
-    if array.shape != shape:
-        raise Malformed(f"{name!r} is {array.shape} in the network and {shape} in the graph")
-    return array
+    if shape not in (recorded.shape, (1, *recorded.shape)):
+        raise Malformed(f"{name!r} is {recorded.shape} in the network and {shape} in the graph")
+    return recorded.reshape(shape)
 
 
-def _moved(node: Node, found: Trace, plan: Plan) -> Array:
-    """What a node that only moves or widens values makes of those recorded before it."""
+def _moved(node: Node, found: Trace, plan: Plan) -> Any:
+    """What a node that only moves values makes of those recorded before it."""
     if node.op not in MOVES:
         raise Malformed(f"{node}: the recorder sees nothing of it in this network")
     return MOVES[node.op](node, [found[name] for name in node.inputs], plan.specs[node.outputs[0]].shape)
 
 
-def _slice(node: Node, given: list[Array], shape: tuple[int, ...]) -> Array:
+def _slice(node: Node, given: list[Any], shape: tuple[int, ...]) -> Any:
     data, starts = given[:2]
     (start,) = starts.reshape(-1)
     return data[start : start + shape[0]]
 
 
-MOVES: dict[str, Callable[[Node, list[Array], tuple[int, ...]], Array]] = {
+MOVES: dict[str, Callable[[Node, list[Any], tuple[int, ...]], Any]] = {  # of arrays and of Parts alike
     "Reshape": lambda node, given, shape: given[0].reshape(shape),
     "Transpose": lambda node, given, shape: given[0].transpose(node.attributes["perm"]),
     "Concat": lambda node, given, shape: np.concatenate(given, axis=node.attributes["axis"]),
-    "Cast": lambda node, given, shape: given[0].astype(np.float32),
     "Slice": _slice,
     "Decode": lambda node, given, shape: given[1].reshape(shape),
 }
@@ -211,8 +251,8 @@ def _fit(network: Network, statement: Model) -> None:
     weights, own = statement.graph.weights, network.state_dict()
     if EMBEDDING not in weights:
         raise Malformed(f"the graph has no {EMBEDDING!r}: it is not a decoder's")
-    dtype = DTYPES.get(weights[EMBEDDING].dtype)
-    if {value.dtype for value in network.parameters()} != {dtype}:
+    dtypes = {DTYPES.get(value.dtype) for value in network.parameters()}
+    if dtypes != {weights[EMBEDDING].dtype}:
         raise Malformed(f"the network must be loaded in the graph's {weights[EMBEDDING].dtype} throughout")
     for name in weights.keys() & own.keys():
         if tuple(own[name].shape) != weights[name].shape:
