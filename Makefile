@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread of BLAS: on a busy machine more threads wait for each other (bench/README.md).
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo demo-llm test bench bench-decoders vacuity honest detection adversary lint clean
+.PHONY: demo demo-llm test bench bench-decoders bench-device vacuity honest detection adversary lint clean
 
 BENCH := $(BIN)/python -m pytest -q --benchmark-only --benchmark-columns=min,median,rounds
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -45,6 +45,9 @@ bench: $(VENV)/test.stamp
 
 bench-decoders: $(VENV)/test.stamp
 	$(BENCH) --benchmark-json=bench/results/decoders.json bench/bench_generation.py bench/bench_verification.py bench/bench_attention.py bench/bench_keyed.py
+
+bench-device: $(VENV)/test.stamp
+	$(BIN)/python bench/device.py
 
 vacuity: $(VENV)/test.stamp
 	$(BIN)/python bench/vacuity.py

@@ -1,8 +1,10 @@
 """Small decoders of Transformers with random weights, one of each family, as folders that can be imported."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpu.plan import Model
@@ -92,3 +94,26 @@ def made(path: Path, config: dict[str, Any], dtype: torch.dtype = torch.bfloat16
 
 def llama(path: Path, layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Model]:
     return made(path, CONFIGS["llama, tied"] | {"num_hidden_layers": layers}, dtype)
+
+
+def sparse(path: Path, config: dict[str, int]) -> None:
+    """A file of bfloat16 weights that takes no room on the disk."""
+    width, inner, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {"embed_tokens": (words, width), "norm": (width,)}
+    for i in range(config["num_hidden_layers"]):
+        parts = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width)}
+        parts |= {"self_attn.v_proj": (keys, width), "self_attn.o_proj": (width, width)}
+        parts |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+        parts |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in parts.items()}
+    named = {f"model.{name}.weight": shape for name, shape in shapes.items()} | {"lm_head.weight": (words, width)}
+    header, at = {}, 0
+    for name, shape in named.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)

@@ -292,32 +292,9 @@ print(sum(array.nbytes for array in weights), 1024 * int(peak))
 def test_a_network_of_140_gigabytes_is_read_in_a_quarter_of_one(tmp_path):
     config = decoders.SIZES | LLAMA | BIG | {"vocab_size": 128_256, "num_key_value_heads": 8}
     check.write_config(tmp_path, config)
-    sparse(tmp_path / "model.safetensors", config)
+    decoders.sparse(tmp_path / "model.safetensors", config)
     done = run("-c", READ, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     weights, held = map(int, done.stdout.split())
     assert weights > 140e9
     assert held < 2.5e8
-
-
-def sparse(path: Path, config: dict[str, int]) -> None:
-    """A file of bfloat16 weights that takes no room on the disk."""
-    width, inner, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes = {"embed_tokens": (words, width), "norm": (width,)}
-    for i in range(config["num_hidden_layers"]):
-        parts = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width)}
-        parts |= {"self_attn.v_proj": (keys, width), "self_attn.o_proj": (width, width)}
-        parts |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
-        parts |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in parts.items()}
-    named = {f"model.{name}.weight": shape for name, shape in shapes.items()} | {"lm_head.weight": (words, width)}
-    header, at = {}, 0
-    for name, shape in named.items():
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + at)
