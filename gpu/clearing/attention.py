@@ -1,81 +1,167 @@
-"""Rows of attention on a device, each over the keys that its query sees."""
+"""Attention on a device: rows of query heads again, those together that read the same keys and values."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 
 from gpu.clearing.operands import SUFFIX
 from gpu.clearing.stand import Stand
-from gpu.device import Memory
+from gpu.device import Device, Memory, Scalar
 from gpu.kernels.attention_radius import Bounds
 from gpu.ops.call import Call
 
-LEAST = 2**12  # products of a query with a key below which a launch costs more than it saves
-MOST = 2**23  # pairs of a query and a key that are at work at once
-WIDEST = 256  # elements of a head
-THREADS = 128
-KEYS = 512  # that a block of threads sums at least
-SPLITS = 64
+LEAST = 2**18  # multiplications, below which the launches cost more than they save
+PAIRS = 2**23  # of a row and a key that are weighed at one time, in 16 bytes each
+MOST_KEYS = 2**20
+MOST_ROWS = 2**15  # at one time: a grid is no higher than 2^16
+ROWS, KEYS, COLUMNS, THREADS = 8, 128, 64, 128  # of a tile; of a block
+BLOCKS, SPLITS = 512, 64  # that keep a device busy; parts of the keys where tiles are too few
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Queries with the keys they see: row `q` at hand, rows `k` and `v` at hand and the `count` - 1 after them, and the
-    claimed row `y`. `bounds` are of all of them but for `sums`."""
+class Asked:
+    """Query rows of one head; `q`, `y`, `k`, `v`, `mask` count elements of what is at hand."""
 
-    q: Ints
-    k: Ints
-    v: Ints
-    count: Ints
-    y: Ints
-    sums: npt.NDArray[np.float64]
+    q: Ints  # where each begins
+    y: Ints  # where its claim begins
+    mask: Ints  # where its row of the mask begins
+    limits: Ints  # keys that it may see, from the first on; a mask may hide more
+    k: int
+    v: int
+    visible: int  # keys that one of them may see
     bounds: Bounds
 
-    def part(self, at: slice) -> "Pairs":
-        return Pairs(self.q[at], self.k[at], self.v[at], self.count[at], self.y[at], self.sums[at], self.bounds)
+
+@dataclass(frozen=True)
+class Tile:
+    """At most 8 rows with the same keys and values."""
+
+    rows: Ints  # (rows, 5) as kernels/attention.cu has them
+    sums: npt.NDArray[np.float64]
+    k: int
+    v: int
+
+    @property
+    def keys(self) -> int:
+        return int(self.rows[0, 3])
 
 
-def clear_attention(call: Call, stand: Stand, mark: Memory, pairs: Pairs) -> bool:
-    """Judge the claimed rows of output 0. Q, K and V are (rows, width) a head."""
-    spec, given = call.site.outputs[0], call.inputs[:3]
-    if spec is None or spec.dtype not in SUFFIX or any(x is None or x.spec.dtype != spec.dtype for x in given):
+@dataclass(frozen=True)
+class Operands:
+    """What the kernels read, on the device."""
+
+    q: Memory
+    k: Memory
+    v: Memory
+    mask: Memory
+    mask_kind: tuple[np.int64, np.int32]  # columns, 0 for none; whether it is of bool
+    strides: tuple[np.int64, np.int64]  # elements from a key, a value to the next
+    y: Memory
+    kind: str  # of the kernels: bf16, f16, f32
+
+
+def clear(call: Call, stand: Stand, mark: Memory, asked: Sequence[Asked], sizes: tuple[int, int]) -> bool:
+    """Judge the claimed rows of output 0. `sizes`: elements of a key and of a value."""
+    spec, q, k, v = call.site.outputs[0], *call.inputs[:3]
+    mask = call.inputs[3] if len(call.inputs) > 3 else None
+    if spec is None or q is None or k is None or v is None or spec.dtype not in SUFFIX:
         return False
-    if any(x is None or x.spec.width > WIDEST for x in given) or pairs.bounds.softcap or pairs.count.sum() < LEAST:
+    if {tensor.spec.dtype for tensor in (q, k, v)} != {spec.dtype}:
         return False
-    claimed = stand.device.array(call.claimed[0])
-    step = max(1, MOST // int(pairs.count.max()))
-    for first in range(0, len(pairs.q), step):
-        _judge(call, stand, mark, pairs.part(slice(first, first + step)), claimed)
+    boolean = mask is not None and mask.spec.dtype == np.bool_
+    if mask is not None and not boolean and mask.spec.dtype != spec.dtype:
+        return False
+    work = sum(len(rows.q) * rows.visible for rows in asked) * sum(sizes)
+    if work < max(1, LEAST) or max(rows.visible for rows in asked) > MOST_KEYS:
+        return False
+    operands = Operands(
+        q=stand.hold(q),
+        k=stand.hold(k),
+        v=stand.hold(v),
+        mask=stand.hold(mask or q),
+        mask_kind=(np.int64(mask.spec.width if mask else 0), np.int32(boolean)),
+        strides=(np.int64(k.spec.width), np.int64(v.spec.width)),
+        y=stand.device.array(call.claimed[0]),
+        kind=SUFFIX[spec.dtype],
+    )
+    for tiles in _rounds(_tiles(asked, whole=mask is not None and not boolean)):
+        _judge(operands, tiles, sizes, asked[0].bounds, stand.device, mark)
     return True
 
 
-def _judge(call: Call, stand: Stand, mark: Memory, pairs: Pairs, claimed: Memory) -> None:
-    device, (q, k, v) = stand.device, (stand.hold(x) for x in call.inputs[:3] if x is not None)
-    r, most, d, e = len(pairs.q), int(pairs.count.max()), q.shape[1], v.shape[1]
-    kind, bounds = SUFFIX[call.claimed[0].dtype], pairs.bounds
-    at, k_first, v_first, count, y_at = map(device.array, (pairs.q, pairs.k, pairs.v, pairs.count, pairs.y))
-    exact, low, high = (device.empty((r, most), np.float64) for _ in range(3))
-    splits = max(1, min(SPLITS, most // KEYS))
-    totals, z = device.empty((r, 2), np.float64), device.empty((r, 2, e), np.float64)
-    parts = device.empty((r, splits, 2, e), np.float64)
-    device.launch(
-        *("attention", f"score_keys_{kind}", (-(-most // THREADS), r), THREADS),
-        *(q, at, k, k_first, count, np.int64(most), np.int32(d)),
-        *map(np.float64, (bounds.scale, bounds.product, bounds.score)),
-        *(exact, low, high),
+def _tiles(asked: Sequence[Asked], whole: bool) -> Iterator[Tile]:
+    """Rows that see about as many keys lie together; `whole`: each looks at all that are visible to one."""
+    for (k, v), group in groupby(asked, lambda rows: (rows.k, rows.v)):
+        heads = list(group)
+        rows = np.concatenate([np.stack([h.q, h.y, h.limits, h.limits, h.mask], axis=1) for h in heads])
+        sums = np.concatenate([np.full(len(h.q), h.bounds.sums) for h in heads])
+        if whole:
+            rows[:, 3] = max(h.visible for h in heads)
+        order = np.argsort(rows[:, 3], kind="stable")
+        for first in range(0, len(order), ROWS):
+            own = rows[order[first : first + ROWS]]
+            own[:, 3] = own[-1, 3]
+            yield Tile(own, sums[order[first : first + ROWS]], k, v)
+
+
+def _rounds(tiles: Iterator[Tile]) -> Iterator[list[Tile]]:
+    """Tiles that are weighed at one time, a row of scratch being as long as the longest."""
+    together: list[Tile] = []
+    count, keys = 0, 0
+    for tile in tiles:
+        count, keys = count + len(tile.rows), max(keys, tile.keys)
+        if together and (count * keys > PAIRS or count > MOST_ROWS):
+            yield together
+            together, count, keys = [], len(tile.rows), tile.keys
+        together.append(tile)
+    if together:
+        yield together
+
+
+def _judge(
+    operands: Operands, tiles: list[Tile], sizes: tuple[int, int], may: Bounds, device: Device, mark: Memory
+) -> None:
+    """The six launches of kernels/attention.cu; the sums that `may` allows are the tiles' own."""
+    counts = np.array([len(tile.rows) for tile in tiles])
+    first = np.cumsum(counts) - counts
+    table = np.stack([first, counts, [tile.k for tile in tiles], [tile.v for tile in tiles]], axis=1)
+    at, rows = device.array(table), device.array(np.concatenate([tile.rows for tile in tiles]))
+    sums = device.array(np.concatenate([tile.sums for tile in tiles]))
+    count, blocks, columns = int(counts.sum()), -(-max(tile.keys for tile in tiles) // KEYS), -(-sizes[1] // COLUMNS)
+    splits = max(1, min(blocks, BLOCKS // (len(tiles) * columns), SPLITS))
+    d, width, stride = map(np.int64, (*sizes, blocks * KEYS))
+    x, e = device.empty((2, count, blocks * KEYS), np.float64)
+    tops, weights = device.empty((count, blocks), np.float64), device.empty((count, blocks, 4), np.float64)
+    parts, moves = (device.empty((splits, kinds, count, sizes[1]), np.float64) for kinds in (2, 1))
+    z, settled = device.empty((2, count, sizes[1]), np.float64), device.empty((count, 3), np.float64)
+
+    def launch(kernel: str, grid: int | tuple[int, int], *args: Scalar) -> None:
+        device.launch("attention", f"{kernel}_{operands.kind}", grid, THREADS, *args)
+
+    launch(
+        *("score_keys", (blocks, len(tiles)), operands.q, operands.k, operands.strides[0]),
+        *(operands.mask, *operands.mask_kind, at, rows, d),
+        *map(np.float64, (may.scale, may.softcap, may.product, may.score, may.cap)),
+        *(stride, x, e, tops),
     )
-    device.launch(
-        *("attention", "weigh_keys", r, THREADS, exact, low, high, count, np.int64(most)),
-        *(np.float64(bounds.exponent), np.float64(bounds.exponential), totals),
+    launch(
+        *("weigh_keys", (blocks, count), x, e, stride, tops, rows, d),
+        *map(np.float64, (may.product, may.exponent, may.exponential)),
+        weights,
     )
-    sums = v, v_first, count, np.int64(most), np.int32(e)
-    device.launch("attention", f"sum_values_{kind}", (splits, r), THREADS, *sums, exact, parts)
-    device.launch("attention", "join_values", r, THREADS, parts, np.int32(splits), np.int32(e), totals, z)
-    device.launch("attention", f"move_values_{kind}", (splits, r), THREADS, *sums, high, z, parts)
-    device.launch(
-        *("attention", f"judge_attention_{kind}", r, THREADS, parts, np.int32(splits), np.int32(e), totals, z),
-        *(device.array(pairs.sums), count, claimed, y_at, mark),
+    values = operands.v, operands.strides[1], at, rows, np.int64(count), width, np.int32(splits)
+    launch("sum_values", (columns * splits, len(tiles)), x, stride, *values, parts)
+    launch(
+        "settle_rows", count, operands.q, d, rows, width, np.int64(blocks), weights, np.int32(splits), parts, z, settled
+    )
+    launch("move_values", (columns * splits, len(tiles)), e, stride, *values, z, moves)
+    entries = min(BLOCKS, -(-count * sizes[1] // THREADS))
+    launch(
+        *("judge_attention", entries, z, settled, moves, np.int32(splits), rows, sums, np.int64(count), width),
+        *(operands.y, mark),
     )

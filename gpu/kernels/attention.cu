@@ -1,26 +1,26 @@
 // Claimed rows of attention against their inputs, as gpu/kernels/attention_radius.py has them, in float64.
 //
-// Six launches. A row table (rows, 5) int64 has of each query row: where it starts in q (elements), where its claim
-// starts in y, how many keys it may see, how many its tile scores, where its mask starts. A tile is at most 8 rows that
-// read the same keys and values; its table (tiles, 4) int64: first row, rows, where its keys start in k, and its values
-// in v. Keys are taken 128 at a time; scratch of rows has `stride` keys a row, `blocks` = stride / 128.
+// Six launches. Of each query row a table (rows, 5) int64 says where it starts in q (elements), where its claim starts
+// in y, how many keys it may see, how many its tile scores, and where its mask starts. A tile is at most 8 rows that
+// read the same keys and values; tiles (tiles, 4) int64: first row, rows, where the keys start in k, the values in v.
+// A block takes 128 keys; scratch has `stride` keys a row, and `blocks` = stride / 128.
 // 1 score_keys_*, grid (blocks, tiles), a thread a key: x (rows, stride) exact scores with bias, -inf where hidden; e
-//   their radius; tops (rows, blocks) largest.
+//   their radius; tops (rows, blocks) the largest of each block.
 // 2 weigh_keys_*, grid (blocks, rows), a thread a key: in x the weight exp(x - top), in e how far a kernel's weight may
 //   lie from it, in both -1 where hidden; sums (rows, blocks, 4) of weights, least weights, distances; largest doubt.
-// 3 sum_values_*, grid (64 columns x splits, tiles), a thread two columns of every fourth run of keys: parts (splits, 2,
-//   rows, width) of sum w v and sum w |v|.
-// 4 settle_rows_*, grid rows: z and size (2, rows, width), what parts add up to, over the sum of weights; of (rows, 3) the
-//   sum of least weights, what doubt of a weight moves, and the doubt.
+// 3 sum_values_*, grid (width / 64 x splits, tiles), a thread two columns of every fourth run of keys: parts (splits,
+//   2, rows, width) of sum w v and of sum w |v|.
+// 4 settle_rows_*, grid rows: z and size (2, rows, width), the parts' sums over that of weights; settled (rows, 3) the
+//   sum of least weights, (4 weights + 3 distances) / that, and eps.
 // 5 move_values_*, as 3: parts (splits, 1, rows, width) of sum distance |v - z|.
-// 6 judge_attention_*, a thread an entry: the claim against z and slack = move / least + allowed size.
+// 6 judge_attention_*, a thread an entry of y: the claim against z with slack = move / least + allowed size.
 //
-// Scores are rounded to T as kernels may, where a last bit of ours decides; so the distances here are never more than
-// the reference's. With d terms a score, a difference of two evaluations is at most doubt = (d + 34) 2^-52 (A + |x|), A
-// being sum |q k| scale <= e / product. Least and largest scores are taken that much inside; then every weight, least
-// and largest, differs by relative 8 doubt + 2^-47 at most, and sums of n terms by n 2^-50. With eps of both together z
-// differs by 2 eps size, and slack is too large by no more than eps (3 slack + size (4 weights + 3 distances) / least).
-// A key more than 800 below the top counts in neither evaluation. What could overflow or vanish in the reference is left.
+// Where kernels may round scores to T, a last bit of ours decides which way; so least and largest scores are taken
+// `doubt` further inside, and distances here never exceed the reference's. With d terms a score two evaluations of it
+// are at most doubt = (d + 34) 2^-52 (A + |x|) apart, A being sum |q k| scale, at most e / product. So weights, least
+// and largest ones differ by relative 8 doubt + 2^-47 at most (those 800 below the top count in neither case), and
+// sums of n terms by n 2^-50. With eps for both together z differs by 2 eps size, and slack exceeds the reference's by
+// eps (3 slack + size (4 weights + 3 distances) / least) at most. Rows where the reference might overflow are left.
 
 #include "judge.cuh"
 
@@ -46,6 +46,10 @@ struct Most {
 template <typename Join> __device__ inline double over_warp(double value, Join join) {
     for (int by = 16; by; by /= 2) value = join(value, __shfl_xor_sync(~0u, value, by));
     return value;
+}
+
+template <typename Join> __device__ inline double joined(const double (&warps)[WARPS], Join join) {
+    return join(join(warps[0], warps[1]), join(warps[2], warps[3]));
 }
 
 // tile[c][threadIdx.x] = line[c], zero from `count` on (which may be negative).
@@ -80,7 +84,7 @@ __device__ inline void score(const T* q, const T* k, i64 k_stride, const u8* mas
                              const Tile* tiles, const Row* rows, i64 d, Errors may, i64 stride, double* x, double* e,
                              double* tops) {
     __shared__ float tile[DEPTH][KEYS];
-    __shared__ double query[DEPTH][ROWS];
+    __shared__ __align__(16) double query[DEPTH][ROWS];
     __shared__ double room[WARPS];
     const Tile own = tiles[blockIdx.y];
     const i64 keys = rows[own.first].keys, start = (i64)blockIdx.x * KEYS, j = start + threadIdx.x;
@@ -89,7 +93,8 @@ __device__ inline void score(const T* q, const T* k, i64 k_stride, const u8* mas
     for (i64 from = 0; from < d; from += DEPTH) {
         load_line(tile, k + own.k + j * k_stride + from, j < keys ? d - from : 0);
         const int line = threadIdx.x / DEPTH, place = threadIdx.x % DEPTH;
-        query[place][line] = line < own.rows && from + place < d ? widen(q[rows[own.first + line].q + from + place]) : 0.0;
+        const bool there = line < own.rows && from + place < d;
+        query[place][line] = there ? widen(q[rows[own.first + line].q + from + place]) : 0.0f;
         __syncthreads();
 #pragma unroll 4
         for (int c = 0; c < DEPTH; c++) {
@@ -125,7 +130,7 @@ __device__ inline void score(const T* q, const T* k, i64 k_stride, const u8* mas
             const double top = over_warp(exact, Most());
             if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = top;
             __syncthreads();
-            if (threadIdx.x == 0) tops[row * gridDim.x + blockIdx.x] = fmax(fmax(room[0], room[1]), fmax(room[2], room[3]));
+            if (threadIdx.x == 0) tops[row * gridDim.x + blockIdx.x] = joined(room, Most());
             __syncthreads();
         }
 }
@@ -134,7 +139,8 @@ __device__ inline void score(const T* q, const T* k, i64 k_stride, const u8* mas
 template <typename T> __device__ inline double round_to(double value) {
     const i64 exponent = __double_as_longlong(value) >> 52 & 2047, least = Format<T>::e_min + 1023;
     const double quantum = __longlong_as_double((exponent > least ? exponent : least) - Format<T>::p + 1 << 52);
-    const double rounded = rint(value / quantum) * quantum, beyond = __longlong_as_double((1025ll - Format<T>::e_min) << 52);
+    const double beyond = __longlong_as_double((1025ll - Format<T>::e_min) << 52);
+    const double rounded = rint(value / quantum) * quantum;
     return fabs(rounded) < beyond ? rounded : copysign(infinity(), rounded);
 }
 template <typename T> __device__ inline double downward(double value) {
@@ -145,8 +151,8 @@ template <typename T> __device__ inline double upward(double value) {
 }
 
 template <typename T>
-__device__ inline void weigh(double* x, double* e, i64 stride, const double* tops, const Row* rows, i64 d, double product,
-                             double exponent, double exponential, double* sums) {
+__device__ inline void weigh(double* x, double* e, i64 stride, const double* tops, const Row* rows, i64 d,
+                             double product, double exponent, double exponential, double* sums) {
     __shared__ double room[4][WARPS];
     const i64 keys = rows[blockIdx.y].keys, j = (i64)blockIdx.x * KEYS + threadIdx.x, at = blockIdx.y * stride + j;
     if ((i64)blockIdx.x * KEYS >= keys) return;
@@ -164,8 +170,8 @@ __device__ inline void weigh(double* x, double* e, i64 stride, const double* top
             const double spread = exponent * (top - exact);
             const double least = exp(low - top - spread) * (1.0 - exponential);
             const double most = exp(high - top + spread) * (1.0 + exponential);
-            const bool sound = fabs(top) <= MOST_SCORE && upward<T>(exact + error + doubt) - top + spread <= MOST_GROWTH;
-            weight = sound ? exp(exact - top) : nan_of();
+            const double growth = upward<T>(exact + error + doubt) - top + spread;
+            weight = fabs(top) <= MOST_SCORE && growth <= MOST_GROWTH ? exp(exact - top) : nan_of();
             distance = fmax(most - weight, weight - least);
             found[0] = weight;
             found[1] = least;
@@ -177,24 +183,23 @@ __device__ inline void weigh(double* x, double* e, i64 stride, const double* top
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const double joined = i < 3 ? over_warp(found[i], Add()) : over_warp(found[i], Most());
-        if (threadIdx.x % 32 == 0) room[i][threadIdx.x / 32] = joined;
+        const double value = i < 3 ? over_warp(found[i], Add()) : over_warp(found[i], Most());
+        if (threadIdx.x % 32 == 0) room[i][threadIdx.x / 32] = value;
     }
     __syncthreads();
-    if (threadIdx.x < 4) {
-        const double* of = room[threadIdx.x];
-        const double added = of[0] + of[1] + of[2] + of[3], most = fmax(fmax(of[0], of[1]), fmax(of[2], of[3]));
-        sums[((i64)blockIdx.y * gridDim.x + blockIdx.x) * 4 + threadIdx.x] = threadIdx.x < 3 ? added : most;
-    }
+    const int kind = threadIdx.x;
+    if (kind < 4)
+        sums[((i64)blockIdx.y * gridDim.x + blockIdx.x) * 4 + kind] =
+            kind < 3 ? joined(room[kind], Add()) : joined(room[kind], Most());
 }
 
-// MOVING: of sum weight |v - z|; else of sum weight v and sum weight |v|. A key with a negative weight is not looked at.
+// MOVING: sum weight |v - z|; else sum weight v and sum weight |v|. A key with a negative weight is not looked at.
 template <typename T, bool MOVING>
 __device__ inline void sum(const double* weights, i64 stride, const T* v, i64 v_stride, const Tile* tiles,
                            const Row* rows, i64 count, i64 width, int splits, const double* z, double* parts) {
     constexpr int KINDS = MOVING ? 1 : 2;
-    __shared__ double weight[KEYS][ROWS];
-    __shared__ double joined[KINDS][ROWS][COLUMNS];
+    __shared__ __align__(16) double weight[KEYS][ROWS];
+    __shared__ double whole[KINDS][ROWS][COLUMNS];
     const Tile own = tiles[blockIdx.y];
     const i64 keys = rows[own.first].keys, split = blockIdx.x % splits, column = blockIdx.x / splits * COLUMNS;
     const i64 begin = keys * split / splits, end = keys * (split + 1) / splits;
@@ -232,7 +237,7 @@ __device__ inline void sum(const double* weights, i64 stride, const T* v, i64 v_
 #pragma unroll
                 for (int i = 0; i < ROWS; i++) {
                     const double factor = weight[run + key][i];
-                    if (factor < 0.0) continue;
+                    if (__double_as_longlong(factor) < 0) continue;
                     if (MOVING) {
                         found[0][i][0] = fma(factor, fabs(left - from[i][0]), found[0][i][0]);
                         found[0][i][1] = fma(factor, fabs(right - from[i][1]), found[0][i][1]);
@@ -255,7 +260,7 @@ __device__ inline void sum(const double* weights, i64 stride, const T* v, i64 v_
                 for (int i = 0; i < ROWS; i++)
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        double* at = &joined[kind][i][lane + 32 * half];
+                        double* at = &whole[kind][i][lane + 32 * half];
                         *at = turn ? *at + found[kind][i][half] : found[kind][i][half];
                     }
         __syncthreads();
@@ -263,7 +268,7 @@ __device__ inline void sum(const double* weights, i64 stride, const T* v, i64 v_
     for (int at = threadIdx.x; at < KINDS * ROWS * COLUMNS; at += KEYS) {
         const int kind = at / (ROWS * COLUMNS), i = at / COLUMNS % ROWS, c = at % COLUMNS;
         if (i < own.rows && column + c < width)
-            parts[((split * KINDS + kind) * count + own.first + i) * width + column + c] = joined[kind][i][c];
+            parts[((split * KINDS + kind) * count + own.first + i) * width + column + c] = whole[kind][i][c];
     }
 }
 
@@ -272,7 +277,6 @@ __device__ inline void settle(const T* q, i64 d, const Row* rows, i64 width, i64
                               const double* parts, double* z, double* settled) {
     __shared__ double room[5][WARPS];
     const Row row = rows[blockIdx.x];
-    const i64 count = gridDim.x;
     double found[5] = {};
     for (i64 block = threadIdx.x; block * KEYS < row.keys; block += KEYS) {
         const double* of = sums + (blockIdx.x * blocks + block) * 4;
@@ -282,29 +286,30 @@ __device__ inline void settle(const T* q, i64 d, const Row* rows, i64 width, i64
     for (i64 c = threadIdx.x; c < d; c += KEYS) found[4] += is_finite((double)widen(q[row.q + c])) ? 0.0 : 1.0;
 #pragma unroll
     for (int i = 0; i < 5; i++) {
-        const double joined = i == 3 ? over_warp(found[i], Most()) : over_warp(found[i], Add());
-        if (threadIdx.x % 32 == 0) room[i][threadIdx.x / 32] = joined;
+        const double value = i == 3 ? over_warp(found[i], Most()) : over_warp(found[i], Add());
+        if (threadIdx.x % 32 == 0) room[i][threadIdx.x / 32] = value;
     }
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 5; i++) {
-        const double* of = room[i];
-        found[i] = i == 3 ? fmax(fmax(of[0], of[1]), fmax(of[2], of[3])) : of[0] + of[1] + of[2] + of[3];
-    }
-    const bool empty = found[0] == 0.0;  // a row without any key is zero; others weigh 1 at least
-    const bool sound = found[4] == 0.0 && (empty || (found[1] >= LEAST_SUM && found[3] <= MOST_DOUBT));
-    const double total = sound ? (empty ? 1.0 : found[0]) : nan_of();
-    for (i64 c = threadIdx.x; c < width; c += KEYS)
-        for (int kind = 0; kind < 2; kind++) {
-            double sum = 0.0;
-            for (i64 split = 0; split < splits; split++) sum += parts[((split * 2 + kind) * count + blockIdx.x) * width + c];
-            z[(kind * count + blockIdx.x) * width + c] = sum / total;
-        }
+    const double weights = joined(room[0], Add()), doubt = joined(room[3], Most());
+    const bool empty = weights == 0.0;  // a row without any key is zero; the weights of others are 1 at least
+    const double least = empty ? 1.0 : joined(room[1], Add());
+    const bool sound = joined(room[4], Add()) == 0.0 && least >= LEAST_SUM && doubt <= MOST_DOUBT;
+    const double total = sound ? (empty ? 1.0 : weights) : nan_of();
     if (threadIdx.x == 0) {
-        const double least = empty ? 1.0 : found[1];
         settled[blockIdx.x * 3] = least;
-        settled[blockIdx.x * 3 + 1] = (4.0 * found[0] + 3.0 * found[2]) / least;
-        settled[blockIdx.x * 3 + 2] = 8.0 * found[3] + 0x1p-47 + (double)(row.keys + 16) * 0x1p-50;
+        settled[blockIdx.x * 3 + 1] = (4.0 * weights + 3.0 * joined(room[2], Add())) / least;
+        settled[blockIdx.x * 3 + 2] = 8.0 * doubt + 0x1p-47 + (double)(row.keys + 16) * 0x1p-50;
+    }
+    const i64 entries = gridDim.x * width;
+    for (i64 c = threadIdx.x; c < width; c += KEYS) {
+        const i64 at = blockIdx.x * width + c;
+        double weighted = 0.0, size = 0.0;
+        for (i64 split = 0; split < splits; split++) {
+            weighted += parts[2 * split * entries + at];
+            size += parts[(2 * split + 1) * entries + at];
+        }
+        z[at] = weighted / total;
+        z[entries + at] = size / total;
     }
 }
 

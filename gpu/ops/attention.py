@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from gpu.clearing.attention import Pairs, clear_attention
+from gpu.clearing import attention as clearing
 from gpu.clearing.stand import Stand
 from gpu.device import Memory
 from gpu.kernels.attention import replay
@@ -160,25 +160,40 @@ def _check(call: Call) -> Measure:
 
 
 def _clear(call: Call, stand: Stand, mark: Memory) -> bool:
-    """On a device: heads as a dimension, no cache, every key or those up to the query's own place."""
-    site, heads, rows = call.site, heads_of(call.site), call.rows[0]
-    out = site.outputs[0]
-    odd = heads.packed or heads.past or any(_spec(site, position) is not None for position in range(MASK, LENGTHS + 1))
-    if out is None or odd or any(site.outputs[1:]) or not len(rows):
+    """Have a device judge the output of a node without a cache."""
+    heads = heads_of(call.site)
+    mask, lengths = (call.inputs[i] if i < len(call.inputs) else None for i in (MASK, LENGTHS))
+    if heads.past or any(call.site.outputs[1:]) or (mask is not None and mask.spec.width > heads.keys):
         return False
-    width = _tensor(call, 0).spec.width
-    found: list[tuple[Ints, ...]] = []
-    sums = []
-    for queries in heads.select(rows):
-        new, _ = heads.key_rows(queries)
-        first = [np.full(len(queries.at), _tensor(call, i).places(new)[0]) for i in (1, 2)]
-        count = queries.i + 1 if heads.causal else np.full(len(queries.at), heads.keys)
-        q = _tensor(call, 0).places(rows[queries.at])
-        found.append((q, *first, np.minimum(count, len(new)), queries.at))
-        sums.append(np.full(len(queries.at), bounds(call, width, len(new), out.dtype).sums))
-    q, k, v, count, y = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    allowed = bounds(call, width, heads.keys, out.dtype)
-    return clear_attention(call, stand, mark, Pairs(q, k, v, count, y, np.concatenate(sums), allowed))
+    counts = np.full(heads.batch, heads.keys) if lengths is None else lengths.whole().reshape(-1)
+    if ((counts < 0) | (counts > heads.keys)).any():
+        return False
+    k, v = (_tensor(call, i).spec.width // (heads.groups if heads.packed else 1) for i in (1, 2))
+    asked = [_asked(call, heads, queries, (k, v), counts) for queries in heads.select(call.rows[0])]
+    return clearing.clear(call, stand, mark, asked, (k, v))
+
+
+def _asked(call: Call, heads: Heads, queries: Queries, sizes: tuple[int, int], counts: Ints) -> clearing.Asked:
+    """Where the rows of one head lie, and how many keys they see (as in `_bias`, but for the mask)."""
+    q, mask, (k, v) = _tensor(call, 0), call.inputs[MASK] if len(call.inputs) > MASK else None, sizes
+    head, group = (queries.head, heads.group(queries.head)) if heads.packed else (0, 0)
+    visible, limits = heads.visible(queries), np.full(len(queries.i), counts[queries.batch], np.int64)
+    if call.site.node.attributes.get("is_causal", 0):
+        lengths = len(call.inputs) > LENGTHS and call.inputs[LENGTHS] is not None
+        offset = limits - heads.queries if lengths else 0
+        limits = np.clip(queries.i + offset + 1, 0, limits)
+    new, _ = heads.key_rows(queries)
+    first = [int(_tensor(call, i).places(new)[0]) if visible else 0 for i in (1, 2)]
+    return clearing.Asked(
+        q=q.places(call.rows[0][queries.at]) * q.spec.width + head * k,
+        y=queries.at * call.claimed[0].shape[1] + head * v,
+        mask=limits * 0 if mask is None else mask.places(heads.mask_rows(queries, mask.spec)) * mask.spec.width,
+        limits=limits,
+        k=first[0] * _tensor(call, 1).spec.width + group * k,
+        v=first[1] * _tensor(call, 2).spec.width + group * v,
+        visible=visible,
+        bounds=bounds(call, k, visible, call.claimed[0].dtype),
+    )
 
 
 def _check_cache(call: Call, heads: Heads, position: int) -> None:

@@ -29,26 +29,68 @@ def _small(monkeypatch):
         monkeypatch.setattr(module, "LEAST", 0)
 
 
-def attend(q, k, v, causal, scale=None):
-    """softmax(scale q k) v in float32, rounded once."""
+def attend(q, k, v, bias, scale=None, softcap=0.0):
+    """softmax(scale q k + bias) v in float32, rounded once; a row without any key is zero."""
     wide_q, wide_k, wide_v = (x.astype(np.float32) for x in (q, k, v))
     times = q.shape[1] // k.shape[1]
     wide_k, wide_v = (np.repeat(x, times, axis=1) for x in (wide_k, wide_v))
     scores = wide_q @ wide_k.transpose(0, 1, 3, 2) * np.float32(scale or q.shape[-1] ** -0.5)
-    if causal:
-        scores[..., ~np.tri(*scores.shape[-2:], dtype=np.bool_)] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return ((weights / weights.sum(-1, keepdims=True)) @ wide_v).astype(q.dtype)
+    scores = (np.float32(softcap) * np.tanh(scores / np.float32(softcap)) if softcap else scores) + bias
+    weights = np.exp(scores - np.maximum(scores.max(-1, keepdims=True), -1e30))
+    total = weights.sum(-1, keepdims=True)
+    return ((weights / np.where(total == 0, 1, total)) @ wide_v).astype(q.dtype)
 
 
-def run_of(sizes, dtype, causal=1, seed=0, spread=1.0, **attributes):
+def packed(x):
+    """(batch, heads, rows, width) as (batch, rows, heads width)."""
+    return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(x.shape[0], x.shape[2], -1)
+
+
+def hidden(batch, queries, keys, causal, lengths):
+    """-inf at the keys that a query does not see, else 0: (batch, 1, queries, keys)."""
+    i, t = np.arange(queries)[:, None], np.arange(keys)
+    count = np.full(batch, keys) if lengths is None else lengths
+    offset = 0 if lengths is None else (count - queries)[:, None, None]
+    unseen = (t >= count[:, None, None]) | (causal & (t > i + offset))
+    return np.where(unseen, -np.inf, 0.0).astype(np.float32)[:, None]
+
+
+def run_of(sizes, dtype, causal=1, seed=0, spread=1.0, **form):
+    """An honest run; `form` has attributes, and a mask, lengths or `packed`."""
     batch, heads, groups, queries, keys, d, e = sizes
     rng = np.random.default_rng(seed)
     q = (rng.standard_normal((batch, heads, queries, d)) * np.minimum(spread, 1e4)).astype(dtype)
     k = rng.standard_normal((batch, groups, keys, d)).astype(dtype)
     v = rng.standard_normal((batch, groups, keys, e)).astype(dtype)
-    case = Case("Attention", [q, k, v], {"is_causal": causal, **attributes}, opset=24)
-    return assembled(case, [attend(q, k, v, causal, attributes.get("scale"))])
+    form = dict(form)
+    mask, lengths, flat = form.pop("mask", None), form.pop("lengths", None), form.pop("packed", False)
+    bias, inputs = hidden(batch, queries, keys, causal, lengths), [q, k, v]
+    if mask is not None:
+        bias = bias + (np.where(mask, 0, -np.inf) if mask.dtype == np.bool_ else mask).astype(np.float32)
+        inputs.append(mask if mask.dtype == np.bool_ else mask.astype(dtype))
+    if lengths is not None:
+        inputs += [None] * (6 - len(inputs)) + [lengths]
+    y = attend(q, k, v, bias, form.get("scale"), form.get("softcap", 0.0))
+    if flat:
+        form |= {"q_num_heads": heads, "kv_num_heads": groups}
+        inputs[:3], y = map(packed, inputs[:3]), packed(y)
+    return assembled(Case("Attention", inputs, {"is_causal": causal, **form}, opset=24), [y])
+
+
+FORMS = {
+    "packed": {"packed": True},
+    "packed, of every key": {"packed": True, "causal": 0},
+    "softcap": {"softcap": 2.0, "scale": 0.7},
+    "a negative scale": {"scale": -0.3},
+    "a mask": {"mask": np.random.default_rng(0).random((9, 9)) > 0.4, "causal": 0},
+    "a mask of heads": {"mask": np.random.default_rng(1).random((2, 4, 9, 9)) > 0.3},
+    "a mask of rows": {"mask": np.arange(9)[:, None] != 4, "causal": 0},
+    "added scores": {"mask": np.random.default_rng(2).standard_normal((4, 9, 9)).astype(np.float32)},
+    "a mask of infinities": {"mask": np.where(np.tri(9), 0, -np.inf).astype(np.float32), "causal": 0},
+    "lengths": {"lengths": np.array([3, 9]), "causal": 0},
+    "lengths, causal": {"lengths": np.array([4, 9]), "causal": 1},
+    "lengths and a mask": {"lengths": np.array([4, 9]), "mask": np.random.default_rng(3).random((9, 9)) > 0.2},
+}
 
 
 @pytest.mark.parametrize("causal", [0, 1])
@@ -73,8 +115,8 @@ def test_entries_around_the_edge_are_cleared_only_where_the_reference_accepts_th
     rows = (np.array([3, 20, 50, 71]),)
     honest = claims(run, rows)[0]
     seen = set()
-    for column in (0, 5, 11):
-        for power in range(-4, 14):
+    for column in (0, 11):
+        for power in range(-4, 14, 2):
             for sign in (-1, 1):
                 bent = honest.copy()
                 value = bent[2, column].astype(np.float64)
@@ -103,23 +145,121 @@ def test_scores_that_overflow_are_left(device):
     assert not agree(device, OP, call)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_every_form_is_cleared_and_lies_are_not(device, form, dtype):
+    run = run_of(SIZES["two groups"], dtype, **form)
+    rows = (np.arange(run.site.outputs[0].rows),)
+    honest = claims(run, rows)
+    assert accepts(OP, call_of(OP, run, rows, honest)) is not None
+    assert agree(device, OP, call_of(OP, run, rows, honest))
+    for name, lie in lies(honest[0], np.random.default_rng(4)).items():
+        call = call_of(OP, run, rows, [lie])
+        assert not agree(device, OP, call) or (name == "one entry" and dtype != np.float32), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_at_the_radius_the_reference_accepts_what_is_cleared(device, form, dtype):
+    run = run_of(SIZES["two groups"], dtype, **form)
+    total = run.site.outputs[0].rows
+    rows = (np.unique(np.random.default_rng(5).integers(0, total, 3)),)
+    honest = claims(run, rows)[0]
+    value = honest[0, -1].astype(np.float64)
+    least, most = 0.0, max(1.0, abs(value))
+    for _ in range(30):  # the largest step that the reference accepts, and those beside it
+        bent, middle = honest.copy(), (least + most) / 2
+        bent[0, -1] = value + middle
+        least, most = (middle, most) if accepts(OP, call_of(OP, run, rows, [bent])) else (least, middle)
+    for factor in (1 - 1e-4, 1 - 1e-7, 1, 1 + 1e-7, 1 + 1e-4):
+        bent = honest.copy()
+        bent[0, -1] = value + least * factor
+        agree(device, OP, call_of(OP, run, rows, [bent]))
+
+
+def test_a_masked_key_is_not_read_and_others_are(device):
+    seen = np.ones((5, 5), np.bool_)
+    seen[:, 3] = False
+    for hidden, cleared in ((3, True), (2, False)):
+        run = run_of(SIZES["one group"], np.dtype(np.float32), causal=0, mask=seen)
+        run.inputs[1][0, 0, hidden] = np.nan
+        run.inputs[2][0, 0, hidden] = np.inf
+        rows = (np.arange(20),)
+        assert agree(device, OP, call_of(OP, run, rows, claims(run, rows))) == cleared
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_left(device, at, value):
+    mask = np.zeros((5, 5), np.float32)
+    run = run_of(SIZES["one group"], np.dtype(np.float32), mask=mask)
+    run.inputs[at][..., 1, 1] = value
+    rows = (np.arange(20),)
+    cleared = agree(device, OP, call_of(OP, run, rows, claims(run, rows)))
+    assert not cleared
+
+
+def test_nan_in_a_mask_is_left_even_behind_the_query(device):
+    mask = np.zeros((5, 5), np.float32)
+    mask[0, 3] = np.nan
+    run = run_of(SIZES["one group"], np.dtype(np.float32), mask=mask)
+    honest = attend(*run.inputs[:3], np.where(np.tri(5), 0, -np.inf).astype(np.float32)).reshape(20, 8)
+    for rows, accepted in ((np.arange(20), False), (np.array([0, 4]), False), (np.array([1, 4, 9]), True)):
+        call = call_of(OP, run, (rows,), [honest[rows]])
+        assert (accepts(OP, call) is not None) == accepted
+        assert agree(device, OP, call) == accepted
+
+
+def test_rows_that_only_the_lowest_number_hides_are_left_or_agreed_on(device):
+    for dtype in DTYPES[:2]:
+        mask = np.zeros((9, 9))
+        mask[2], mask[3, 4:] = np.finfo(dtype).min, np.finfo(dtype).min
+        run = run_of(SIZES["two groups"], dtype, mask=mask.astype(dtype), causal=0)
+        for rows in (np.arange(72), np.setdiff1d(np.arange(72), np.arange(2, 72, 9))):
+            cleared = agree(device, OP, call_of(OP, run, (rows,), claims(run, (rows,))))
+            assert cleared == (len(rows) < 72)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", [1e-40, 1e-4, 30.0, 3e4])
+def test_queries_of_any_size_are_agreed_on(device, dtype, spread):
+    for seed in range(2):
+        run = run_of(SIZES["two groups"], dtype, spread=spread, seed=seed)
+        rows = (np.arange(run.site.outputs[0].rows),)
+        cleared = agree(device, OP, call_of(OP, run, rows, claims(run, rows)))
+        assert cleared or spread > 1
+
+
 def test_work_in_parts_gives_the_same(device, monkeypatch):
-    run = run_of(SIZES["two groups"], BF16)
+    run = run_of(SIZES["more keys than a block"], BF16)
     rows = (np.arange(run.site.outputs[0].rows),)
     whole = call_of(OP, run, rows, claims(run, rows))
     assert agree(device, OP, whole)
-    monkeypatch.setattr(attention, "MOST", 30)
-    assert agree(device, OP, whole)
+    for name, value in (("PAIRS", 30), ("MOST_ROWS", 9), ("SPLITS", 1)):
+        monkeypatch.setattr(attention, name, value)
+        assert agree(device, OP, whole)
 
 
-def test_other_forms_are_not_taken(device):
+def test_other_forms_and_what_is_too_small_are_not_taken(device, monkeypatch):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 2, 4, 8)).astype(np.float32) for _ in range(3))
-    mask = np.ones((4, 4), np.bool_)
-    for inputs, attributes in (([q, k, v, mask], {}), ([q, k, v], {"softcap": 2.0})):
-        run = assembled(Case("Attention", inputs, attributes, opset=24), [q])
-        rows = (np.arange(8),)
+    present = [np.concatenate([x, x], axis=2) for x in (k, v)]
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    for inputs, outputs in (
+        ([q, k, v, None, k, v], [q, *present]),
+        (wide, wide[:1]),
+        ([q, k, v, *[None] * 3, [5]], [q]),
+    ):
+        inputs = [np.array(x) if isinstance(x, list) else x for x in inputs]
+        run = assembled(Case("Attention", inputs, {}, len(outputs), opset=24), outputs)
+        rows = tuple(np.arange(spec.rows) for spec in run.site.outputs)
         assert not taken(device, OP, call_of(OP, run, rows, claims(run, rows)))
+    run = run_of(SIZES["one group"], BF16)
+    none = np.zeros(0, np.int64)
+    assert not taken(device, OP, call_of(OP, run, (none,), claims(run, (none,))))
+    monkeypatch.setattr(attention, "LEAST", 20 * 5 * 16 + 1)
+    rows = (np.arange(20),)
+    assert not taken(device, OP, call_of(OP, run, rows, claims(run, rows)))
 
 
 TURNS = {  # shapes of x, cosines and positions; attributes
