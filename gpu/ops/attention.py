@@ -281,6 +281,8 @@ def _bias(call: Call, heads: Heads, queries: Queries, visible: int) -> Array:
     offset = heads.past
     if lengths is not None:
         count = int(lengths.whole().reshape(-1)[queries.batch])
+        if not 0 <= count <= total:
+            raise Rejected(Reason.REEXECUTION, f"a sequence of {count} keys where there are {total}")
         bias[:, count:] = -np.inf
         offset = count - heads.queries
     if call.site.node.attributes.get("is_causal", 0):
