@@ -355,7 +355,8 @@ def generation(bench: Bench) -> Rows:
             torch.set_default_dtype(torch.float32)
         recorder = Recorder(network, statement, bench.device)
         for batch in (1, 16, 64) if large else (1, bench.size(0, 4, 2)):
-            found.append(_generated(bench, recorder, network, (batch, steps), prove, GenerationConfig))
+            size = batch, max(steps // batch, 32) if large else steps
+            found.append(_generated(bench, recorder, network, size, prove, GenerationConfig))
             found[-1]["nodes"] = len(statement.nodes)
     return found
 

@@ -105,9 +105,9 @@ class Cuda:
         return np.frombuffer(memory, np.uint8, nbytes)
 
     def launch(self, file: str, kernel: str, grid: int | tuple[int, int], block: int, *args: Scalar) -> None:
-        x, y = (grid, 1) if isinstance(grid, int) else grid
+        x, y = grid if isinstance(grid, tuple) else (grid, 1)
         if x and y:
-            self._kernel(file, kernel)((x, y), (block,), args)
+            self._kernel(file, kernel)((int(x), int(y)), (block,), args)
 
     def _kernel(self, file: str, kernel: str) -> Any:
         if file not in self._modules:

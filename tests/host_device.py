@@ -89,7 +89,7 @@ class HostDevice:
         return self.empty(nbytes, np.uint8)
 
     def launch(self, file, kernel, grid, block, *args):
-        x, y = (grid, 1) if isinstance(grid, (int, np.integer)) else grid
+        x, y = grid if isinstance(grid, tuple) else (grid, 1)
         if not (x and y):
             return
         assert 0 < block <= 1024
