@@ -108,6 +108,13 @@ class Bench:
         return self.timed(copy)
 
 
+def sound(device: Device, mark: Memory, entries: int, what: str) -> None:
+    """What is timed must have judged every entry, and left none of an honest run to the reference."""
+    _, judged, left = device.numpy(mark).tolist()
+    if left or judged != entries:
+        raise RuntimeError(f"{what}: {judged} of {entries} entries judged, {left} left")
+
+
 def row(what: str, seconds: float, beside: str, other: float, **more: Any) -> Row:
     return {"what": what, "seconds": seconds, "beside": beside, "other_seconds": other, "ratio": other / seconds} | more
 
@@ -208,6 +215,8 @@ def passes(bench: Bench, given: Operands, draw: Draw, mark: Memory) -> Row:
             normals = draws.normals(device, draw, f"normals/{start}", (folds.S, min(width, n - start)))
             folds.clear_rows(given, device, mark, normals, quantile, start)
 
+    whole()
+    sound(device, mark, given.shape[0] * n, "T1")
     normals = draws.normals(device, draw, "normals", (folds.S, width))
     vectors = folds.weigh(given, device, mark, normals, 0)
     factor = folds.fold_w(given, device, vectors, 0)
@@ -258,6 +267,8 @@ def recomputed(bench: Bench) -> Rows:
         y = (x.astype(np.float32) @ w.astype(np.float32)).astype(BF16)
         if bench.device:
             given, mark = operands(bench.device, x, w, y), bench.device.zeros(3, np.uint64)
+            products.recompute(given, bench.device, mark)
+            sound(bench.device, mark, y.size, "recomputed rows")
             seconds = bench.timed(lambda g=given, m=mark: products.recompute(g, bench.device, m))
         else:
             claim = Product(x, w, y)
@@ -267,7 +278,7 @@ def recomputed(bench: Bench) -> Rows:
 
 
 def judged(bench: Bench, what: str, run: Any, rows: np.ndarray, size: int) -> Row:
-    """An op's check of some rows, where the work is, against copying what it reads."""
+    """An op's check of some rows, the claims' way to the device included, against copying what it reads."""
     op = REGISTRY[run.site.node.domain, run.site.node.op]
     call = call_of(op, run, (rows,), claims(run, (rows,)))
     if bench.device is None:
@@ -277,6 +288,7 @@ def judged(bench: Bench, what: str, run: Any, rows: np.ndarray, size: int) -> Ro
     assert op.clear is not None
     if not op.clear(call, stand, mark):
         raise RuntimeError(f"{what}: the device has no kernel")
+    sound(bench.device, mark, call.claimed[0].size, what)
     seconds = bench.timed(lambda: op.clear(call, stand, mark))
     return row(what, seconds, "a copy of what it reads", bench.copy(size))
 
@@ -429,6 +441,8 @@ def main(
         import cupy
 
         results["driver"] = cupy.cuda.runtime.driverGetVersion()
+    slug = "-".join(name.lower().split())
+    path = to or RESULTS / f"{slug}-{datetime.now(UTC).date().isoformat()}.json"
     failed = False
     for title, section in SECTIONS.items():
         if only not in (None, title):
@@ -440,9 +454,7 @@ def main(
         except Exception as error:  # noqa: BLE001  # one section that fails must not lose the others
             failed, results[title] = True, f"{type(error).__name__}: {error}"
             out.print(f"[red]{results[title]}[/]")
-    slug = "-".join(name.lower().split())
-    path = to or RESULTS / f"{slug}-{datetime.now(UTC).date().isoformat()}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
     out.print(f"written to {path}")
     if failed:
         raise typer.Exit(1)

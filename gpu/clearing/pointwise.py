@@ -10,17 +10,21 @@ from gpu.clearing.stand import LEAST, Stand
 from gpu.device import Memory
 from gpu.ops.call import Call, RowIds, Tensor
 
-THREADS, BLOCKS = 128, 4096
+THREADS, BLOCKS = 128, 1024
 MOST = 2**31  # entries that 32 bits count
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of pointwise.cu without its dtype; with what one of a single operand takes besides."""
+    """A kernel of pointwise.cu without its dtype; with what one of a single operand takes besides.
+
+    `given`: the dtype of its operands, where that is not the output's.
+    """
 
     name: str
     factor: float = 0.0
     units: float = 0.0
+    given: np.dtype | None = None
 
 
 def clear_pointwise(
@@ -30,7 +34,8 @@ def clear_pointwise(
     claimed, spec = call.claimed[0], call.site.outputs[0]
     if spec is None or spec.dtype not in SUFFIX or not LEAST <= claimed.size <= MOST:
         return False
-    if any(tensor.spec.dtype != spec.dtype or tensor.spec.width not in (1, spec.width) for tensor, _ in beside):
+    dtype = kernel.given or spec.dtype
+    if any(tensor.spec.dtype != dtype or tensor.spec.width not in (1, spec.width) for tensor, _ in beside):
         return False
     given: list[object] = []
     for tensor, rows in beside:

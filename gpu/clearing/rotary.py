@@ -10,7 +10,7 @@ from gpu.clearing.stand import LEAST, Stand
 from gpu.device import Memory
 from gpu.ops.call import Call
 
-THREADS, BLOCKS = 128, 4096
+THREADS, BLOCKS = 128, 1024
 MOST = 2**31  # entries that 32 bits count
 
 
@@ -28,7 +28,11 @@ def clear_rotary(call: Call, stand: Stand, mark: Memory, turn: Turn) -> bool:
     claimed, (x, cos, sin) = call.claimed[0], call.inputs[:3]
     if x is None or cos is None or sin is None or not LEAST <= claimed.size <= MOST:
         return False
-    if x.spec.dtype not in SUFFIX or {cos.spec.dtype, sin.spec.dtype} != {x.spec.dtype}:
+    if x.spec.dtype not in SUFFIX or {claimed.dtype, cos.spec.dtype, sin.spec.dtype} != {x.spec.dtype}:
+        return False
+    if turn.heads < 1 or x.spec.width % turn.heads or 2 * cos.spec.width > x.spec.width // turn.heads:
+        return False
+    if sin.spec.width != cos.spec.width or (turn.table_rows >= min(cos.spec.rows, sin.spec.rows)).any():
         return False
     device = stand.device
     stand.device.launch(

@@ -4,6 +4,7 @@
 // add_*, subtract_*, multiply_elements_*, divide_*: one IEEE operation, whose bits are determined: the claim is the value
 // of T that is nearest, or 0 where an engine may flush. swish_*: x sigmoid(factor x), and
 // gelu_*, by erf, or by tanh if `factor` is not 0, may err by `units` 2^-24 |x|; sigmoid_* by `units` 2^-24 (1 + |z|).
+// cast_S_to_T: x itself, of the format S, rounded once or through float32.
 
 #include "judge.cuh"
 
@@ -41,6 +42,13 @@ struct Gelu {
     }
 };
 
+struct Same {
+    __device__ double operator()(double x, double, double& beside) const {
+        beside = 0.0;
+        return x;
+    }
+};
+
 // z, which has the bits of the reference's, rounded to T as it rounds them: a bfloat16 passes through float32.
 template <typename T> __device__ inline double rounded(double z) {
     return sizeof(T) == 4 ? (double)(float)z : quantized<T>(Format<T>::p == 8 ? (double)(float)z : z);
@@ -63,8 +71,8 @@ __device__ inline void combine(const T* a, const i64* a_at, int a_single, const 
     tally.report(mark);
 }
 
-template <typename T, typename Op>
-__device__ inline void apply(const T* x, const i64* at, u32 m, u32 width, double factor, double units, const T* y, u64* mark) {
+template <typename S, typename T, typename Op>
+__device__ inline void apply(const S* x, const i64* at, u32 m, u32 width, double factor, double units, const T* y, u64* mark) {
     Tally tally;
     const u32 step = gridDim.x * blockDim.x;
     for (u32 e = blockIdx.x * blockDim.x + threadIdx.x; e < m * width; e += step) {
@@ -83,21 +91,27 @@ __device__ inline void apply(const T* x, const i64* at, u32 m, u32 width, double
         const u32 m, const u32 width, const T* y, u64* mark) {                                                         \
         combine<T, OP>(a, a_at, a_single, b, b_at, b_single, m, width, y, mark);                                       \
     }
-#define APPLY(NAME, OP, T)                                                                                             \
+#define APPLY(NAME, OP, S, T)                                                                                          \
     extern "C" __global__ void __launch_bounds__(128) NAME(                                                            \
-        const T* x, const i64* at, const u32 m, const u32 width, const double factor, const double units,              \
+        const S* x, const i64* at, const u32 m, const u32 width, const double factor, const double units,              \
         const T* y, u64* mark) {                                                                                       \
-        apply<T, OP>(x, at, m, width, factor, units, y, mark);                                                         \
+        apply<S, T, OP>(x, at, m, width, factor, units, y, mark);                                                      \
     }
 #define KERNELS(T, SUFFIX)                                                                                             \
     COMBINE(add_##SUFFIX, Sum, T)                                                                                      \
     COMBINE(subtract_##SUFFIX, Difference, T)                                                                          \
     COMBINE(multiply_elements_##SUFFIX, Product, T)                                                                    \
     COMBINE(divide_##SUFFIX, Quotient, T)                                                                              \
-    APPLY(swish_##SUFFIX, Swish, T)                                                                                    \
-    APPLY(sigmoid_##SUFFIX, Sigmoid, T)                                                                                \
-    APPLY(gelu_##SUFFIX, Gelu, T)
+    APPLY(swish_##SUFFIX, Swish, T, T)                                                                                 \
+    APPLY(sigmoid_##SUFFIX, Sigmoid, T, T)                                                                             \
+    APPLY(gelu_##SUFFIX, Gelu, T, T)
 
 KERNELS(bf16, bf16)
 KERNELS(f16, f16)
 KERNELS(float, f32)
+APPLY(cast_bf16_to_f16, Same, bf16, f16)
+APPLY(cast_bf16_to_f32, Same, bf16, float)
+APPLY(cast_f16_to_bf16, Same, f16, bf16)
+APPLY(cast_f16_to_f32, Same, f16, float)
+APPLY(cast_f32_to_bf16, Same, float, bf16)
+APPLY(cast_f32_to_f16, Same, float, f16)

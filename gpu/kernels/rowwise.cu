@@ -4,7 +4,8 @@
 // soften_*: softmax. log_soften_*: its logarithm. normalise_*: (x - mean) / sqrt(var + epsilon), or x / sqrt(mean x^2 +
 // epsilon) if `root`, times scale (width) and plus bias (width) where `scaled` and `biased` say so, with the roundings to
 // T that kernels make in between. Our sums err by at most width 2^-52 of what the radius counts in 2^-24 and in alpha,
-// which is at least width^(1/2): with at most 2^17 elements a row, by less than 2^-14 of the radius.
+// which is at least width^(1/2): with at most 2^17 elements a row, by less than 2^-14 of the radius. The variance is another matter
+// where it vanishes beside the mean's square, or beside its own error: there rows are left, and what is subtracted is rounded up.
 
 #include "judge.cuh"
 
@@ -80,17 +81,19 @@ template <typename T> __device__ inline Moments moments(const T* row, i64 width,
         spread = fma(off, off, spread);
     }
     const double total = over_block(spread, room, Add()) / count + epsilon;
-    const double error = 3.0 * (alpha(width) + 4.0) * U * squares;
-    const double least = fmax(fmax(total - error, epsilon), 2.2250738585072014e-308);
+    const double error = 3.0 * (alpha(width) + 4.0) * U * squares, ours = count * 0x1p-50 * (total + error);
+    const double least = fmax(fmax(total - error + ours, epsilon), 2.2250738585072014e-308);
     const double drift = fmax(sqrt(total / least) - 1.0, 1.0 - sqrt(total / (total + error)));
-    return {mean, 1.0 / sqrt(total), (alpha(width) + 2.0) * U * sizes, drift + 4.0 * U};
+    const double lost = count * 0x1p-43;  // 2^9 times what the mean loses of the root of `squares`
+    const double inverse = lost * lost * squares < total ? 1.0 / sqrt(total) : __longlong_as_double(2047ll << 52);
+    return {mean, inverse, (alpha(width) + 2.0) * U * sizes, drift + 4.0 * U};
 }
 
 template <typename T>
 __device__ inline void normalise(const T* x, const i64* at, i64 width, const T* y, const T* scale, int scaled, const T* bias, int biased, double epsilon, int root, u64* mark) {
     const T *row = x + at[blockIdx.x] * width, *claimed = y + (i64)blockIdx.x * width;
     const Moments of = moments(row, width, epsilon, root);
-    const double unit = 1.0 / (double)(1ll << Format<T>::p), tiny = exp2((double)(Format<T>::e_min - Format<T>::p));
+    const double unit = 1.0 / (double)(1ll << Format<T>::p), tiny = half_ulp<T>(0.0);
     const double relative = U * (alpha(width) / 2.0 + 8.0);
     Tally tally;
     for (i64 j = threadIdx.x; j < width; j += THREADS) {

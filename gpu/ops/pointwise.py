@@ -16,6 +16,7 @@ import numpy as np
 from scipy.special import erf
 
 from gpu import rounding
+from gpu.clearing.operands import SUFFIX
 from gpu.clearing.pointwise import Kernel, clear_pointwise
 from gpu.clearing.stand import Stand
 from gpu.device import Memory
@@ -87,7 +88,7 @@ class Pointwise:
     values: tuple[int, ...] = ()
     refuses: Callable[[Node], str | None] = accepts
     infer: Infer | None = None
-    kernel: Callable[[Site], Kernel] | None = None
+    kernel: Callable[[Site], Kernel | None] | None = None
 
 
 def pointwise(row: Pointwise) -> Op:
@@ -121,10 +122,9 @@ def pointwise(row: Pointwise) -> Op:
 
     def clear(call: Call, stand: Stand, mark: Memory) -> bool:
         assert row.kernel is not None
-        given = [
-            (tensor, _lead(call.site, tensor.spec.shape, call.rows[0])) for tensor in call.inputs if tensor is not None
-        ]
-        return clear_pointwise(call, stand, mark, row.kernel(call.site), given)
+        kernel, read = row.kernel(call.site), call.inputs[: row.reads]
+        given = [(tensor, _lead(call.site, tensor.spec.shape, call.rows[0])) for tensor in read if tensor is not None]
+        return kernel is not None and clear_pointwise(call, stand, mark, kernel, given)
 
     return Op(
         family=Family.POINTWISE,
@@ -276,17 +276,26 @@ class _BesideInput:
 _GATED, _LOGISTIC = _BesideInput(16), _BesideOne(16)
 
 
-def _one(name: str, slack: _BesideInput | _BesideOne, alpha: float = 0.0) -> Callable[[Site], Kernel]:
-    """The kernel of an op of one operand; `alpha` stands for its attribute where a node leaves it out."""
+def _one(name: str, slack: _BesideInput | _BesideOne, alpha: float | None = None) -> Callable[[Site], Kernel]:
+    """The kernel of an op of one operand; `alpha` is what its attribute is by default, None where it has none."""
 
     def kernel(site: Site) -> Kernel:
-        return Kernel(name, float(site.node.attributes.get("alpha", _stored(alpha))), slack.units)
+        factor = 0.0 if alpha is None else float(site.node.attributes.get("alpha", _stored(alpha)))
+        return Kernel(name, factor, slack.units)
 
     return kernel
 
 
 def _gelu(site: Site) -> Kernel:
     return Kernel("gelu", float(site.node.attributes.get("approximate", "none") == "tanh"), _GATED.units)
+
+
+def _cast(site: Site) -> Kernel | None:
+    """From one float format to another."""
+    given = source(site, 0).dtype
+    if given not in SUFFIX or given == output(site).dtype:
+        return None
+    return Kernel(f"cast_{SUFFIX[given]}_to", given=given)
 
 
 def _tanh_slack(u: float, z: Array, *inputs: Array, **attributes: Any) -> Array:
@@ -442,8 +451,8 @@ _TABLE: dict[str, Op] = {
     "BitwiseXor": representable(np.bitwise_xor),
     "BitShift": representable(elementary.shift, attributes={"direction": "LEFT"}),
     "Where": pointwise(Pointwise(judge=_compare_chosen, exact=True)),
-    "Cast": pointwise(Pointwise(judge=compare_cast, bounds=_converted, exact=True)),
-    "CastLike": pointwise(Pointwise(judge=compare_cast, exact=True, reads=1)),
+    "Cast": pointwise(Pointwise(judge=compare_cast, bounds=_converted, exact=True, kernel=_cast)),
+    "CastLike": pointwise(Pointwise(judge=compare_cast, exact=True, reads=1, kernel=_cast)),
     "QuantizeLinear": pointwise(_QUANTIZE),
     "DequantizeLinear": pointwise(_DEQUANTIZE),
 }
