@@ -2,6 +2,7 @@
 
 A kernel clears an entry only where the reference would accept it for certain (kernels/judge.cuh). So the device can
 neither pass what the CPU refuses nor refuse anything by itself: verdicts, reasons and words are the same without it.
+What finds no room on it is the CPU's as well.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpu import hashing
 from gpu.device import Device, Memory
 from gpu.forest import row_digests
 from gpu.ops.call import Call, Measure, Op, RowIds, Tensor
@@ -64,9 +66,12 @@ class Stand:
 
     def row_digests(self, opened: Sequence[Array]) -> list[Array]:
         """Digests (rows, 32) of the rows of each tensor that was opened."""
-        return row_digests(
-            [Resident.at(self.device, self._opened.get(rows), rows.dtype, rows.shape) for rows in opened]
-        )
+        try:
+            held = [Resident.at(self.device, self._opened.get(rows), rows.dtype, rows.shape) for rows in opened]
+            return row_digests(held)
+        except MemoryError:
+            self._opened = Shelf(self.device, float("inf"))
+            return [hashing.row_digests(rows) for rows in opened]
 
     def places(self, tensor: Tensor, rows: RowIds) -> Memory:
         """Where `rows` lie among those at hand, int64. Raises KeyError for one that was not opened."""
@@ -77,7 +82,7 @@ class Stand:
         index = call.site.node.index
         try:
             taken = op.clear is not None and op.clear(call, self, self._marks[index])
-        except Rejected:  # for the reference to say, in its turn
+        except (Rejected, MemoryError):  # for the reference to say, in its turn
             taken = False
         if taken:
             self._entries[index] = sum(values.size for values in call.claimed)

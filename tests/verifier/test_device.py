@@ -62,6 +62,28 @@ def test_rows_that_lead_to_no_root_are_refused_by_their_digests_on_the_device(sh
     assert verdict.reason is Reason.OPENING
 
 
+class Full(HostDevice):
+    """A device with room for so many arrays."""
+
+    def __init__(self, arrays):
+        super().__init__()
+        self.left = arrays
+
+    def empty(self, shape, dtype):
+        self.left -= 1
+        if self.left < 0:
+            raise MemoryError("out of memory")
+        return super().empty(shape, dtype)
+
+
+@pytest.mark.parametrize("arrays", [1, 5, 40, 60, 90])
+def test_a_device_that_is_full_changes_no_verdict(arrays):
+    subject = replace(world.small(), policy="full")
+    proof = subject.prove(subject.run())
+    beside = verify(proof, subject.model, world.CHECK_SEED, task=subject.task, shelf=Shelf(Full(arrays), 1e9))
+    assert replace(beside, largest={}) == replace(subject.judge(proof), largest={})
+
+
 def test_a_shelf_keeps_one_copy_and_drops_the_oldest_beyond_its_budget():
     device, arrays = HostDevice(), [np.full(100, i, np.uint8) for i in range(4)]
     shelf = Shelf(device, 250)
