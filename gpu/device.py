@@ -4,6 +4,7 @@ A device holds arrays and launches the kernels of gpu/kernels/*.cu on them. On t
 work on NumPy arrays. Arrays of a device are opaque but for `shape`, `dtype`, `nbytes` and slices of the first axis.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Protocol
 
@@ -18,7 +19,8 @@ Array = npt.NDArray[Any]
 Memory = Any  # an array of a device
 Scalar = np.generic | Memory
 
-CHOICES = ("auto", "cpu", "cuda")
+DEFAULT = "auto"
+CHOICES = (DEFAULT, "cpu", "cuda")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -46,9 +48,6 @@ class Device(Protocol):
         """A copy on the host. Waits for all work before it."""
 
     def pointer(self, memory: Memory) -> int: ...
-
-    def foreign(self, pointer: int, nbytes: int, owner: object) -> Memory:
-        """Bytes that another library holds on this device; `owner` is kept alive with them."""
 
     def pinned(self, nbytes: int) -> Array:
         """Host memory (uint8) that the device's kernels read and write at its own address."""
@@ -96,10 +95,6 @@ class Cuda:
     def pointer(self, memory: Memory) -> int:
         return int(memory.data.ptr)
 
-    def foreign(self, pointer: int, nbytes: int, owner: object) -> Memory:
-        memory = self._cupy.cuda.UnownedMemory(pointer, nbytes, owner)
-        return self._cupy.ndarray(nbytes, np.uint8, self._cupy.cuda.MemoryPointer(memory, 0))
-
     def pinned(self, nbytes: int) -> Array:
         memory = self._cupy.cuda.alloc_pinned_memory(max(nbytes, 1))
         return np.frombuffer(memory, np.uint8, nbytes)
@@ -139,3 +134,8 @@ def select(choice: str) -> Device | None:
         if choice == "cuda":
             raise
         return None
+
+
+def from_env(environ: Mapping[str, str]) -> Device | None:
+    """The device that ASSAY_DEVICE asks for. Raises Malformed as `select` does."""
+    return select(environ.get("ASSAY_DEVICE", DEFAULT))

@@ -21,8 +21,7 @@ Array = npt.NDArray[Any]
 RowIds = npt.NDArray[np.int64]
 
 THREADS = 128
-ROOM = 512  # chunks of a row that a block reduces at once (kernels/rows.cu)
-CROWD = 256  # chunks that keep a block's threads busy twice over
+CROWD = 256  # chunks that keep a block's threads busy twice over; kernels/rows.cu has room for twice as many
 
 
 def row_digests(residents: Sequence[Resident]) -> list[Bytes]:

@@ -121,13 +121,17 @@ def recompute(product: Product) -> float:
 def check_entries(product: Product, policy: Policy, draw: Draw) -> float:
     """T3 (S5): random entries of the product, all of them where it has no more than that."""
     m, k, n = product.shape
-    count = policy.entries * (2 if k > LONG else 1)
+    count = entry_count(k, policy)
     if m * n <= count:
         return recompute(product)
     row, column = np.divmod(draw.entries(f"{product.label}/entries", count, m * n), n)
     bias = np.broadcast_to(product.bias, (m, n))[row, column]
     statistics = kernel.paired(product.x[row], kernel.columns(product.w, column), bias)
     return _accept(product, statistics[:, None], product.y[row, column][None])
+
+
+def entry_count(k: int, policy: Policy) -> int:
+    return policy.entries * (2 if k > LONG else 1)
 
 
 def check_terms(x: Raw, w: Raw, y: Raw) -> float:
@@ -140,15 +144,20 @@ def _judge(product: Product, statistics: Array, claimed: Raw) -> tuple[float, in
     """The largest error relative to its tolerance, and the first entry that exceeds it or -1."""
     if not (np.isfinite(statistics).all() and np.isfinite(claimed).all()):
         raise Rejected(Reason.NONFINITE, "NaN or infinity in a product")
-    k, profile, form = product.shape[1], product.profile, FORMATS[claimed.dtype]
-    coefficients = (
+    form, allowed = FORMATS[claimed.dtype], coefficients(claimed.dtype, product.shape[1], product.rounds)
+    worst, failed = kernel.judge(statistics, claimed.astype(np.float64), (form.p, form.e_min), allowed)
+    return float(worst), int(failed)
+
+
+def coefficients(dtype: np.dtype, k: int, rounds: int) -> tuple[float, float, float, float]:
+    """(c, g, r, t) of kernels/entries.py: what a sum of k terms, rounded so often to `dtype`, may be off."""
+    profile = PROFILES[dtype]
+    return (
         profile.incoherent(k) if k else 0.0,
         profile.u * profile.gamma * k,
-        (product.rounds - 1) * form.u,
-        k * _underflow(claimed.dtype),
+        (rounds - 1) * FORMATS[dtype].u,
+        k * _underflow(dtype),
     )
-    worst, failed = kernel.judge(statistics, claimed.astype(np.float64), (form.p, form.e_min), coefficients)
-    return float(worst), int(failed)
 
 
 def _accept(product: Product, statistics: Array, claimed: Raw) -> float:
@@ -275,7 +284,7 @@ def check_integers(
     judge, and the product is recomputed. Raises Rejected(FREIVALDS | REEXECUTION).
     """
     m, k, n = x.shape[0], x.shape[1], w.shape[1]
-    if m <= FEW * policy.challenges or m * k * n <= FOLDS * (k * n + m * (k + n)) or k > EXACT_TERMS:
+    if not folds_integers((m, k, n), policy):
         product = exact_product(x, w, zeros).astype(np.int32)
         if (product != y).any():
             at = np.unravel_index(int(np.argmax(product != y)), y.shape)
@@ -287,6 +296,12 @@ def check_integers(
     wrong = (left != ring.fold(y, r.astype(np.int32))).any(1)
     if wrong.any():
         raise Rejected(Reason.FREIVALDS, f"{wrong.sum()} of {m} rows of an integer product fail")
+
+
+def folds_integers(shape: tuple[int, int, int], policy: Policy) -> bool:
+    """Whether an integer product of shape (m, k, n) is folded: many rows, fewer multiplications, no sum that wraps."""
+    m, k, n = shape
+    return m > FEW * policy.challenges and m * k * n > FOLDS * (k * n + m * (k + n)) and k <= EXACT_TERMS
 
 
 def exact_product(x: Raw, w: Raw, zeros: tuple[Integers, Integers]) -> Integers:

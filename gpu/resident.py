@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu.device import Device, Memory
+from proof.graph import Spec
 
 Array = npt.NDArray[Any]
 RowIds = npt.NDArray[np.int64]
@@ -45,7 +46,7 @@ class Resident:
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
-        held, width = sum(segment.rows for segment in self.segments), self.width * self.dtype.itemsize
+        held, width = sum(segment.rows for segment in self.segments), self.spec.width * self.dtype.itemsize
         if held != self.rows or any(segment.rows and segment.width != width for segment in self.segments):
             raise ValueError(f"segments of {held} rows are no tensor of {self.dtype}{list(self.shape)}")
 
@@ -57,23 +58,24 @@ class Resident:
     @classmethod
     def at(cls, device: Device, memory: Memory, dtype: np.dtype, shape: tuple[int, ...]) -> "Resident":
         """A tensor that lies in `memory`, C-contiguous."""
-        rows, width = prod(shape[:-1]), (shape[-1] if shape else 1) * dtype.itemsize
-        segment = Segment(device.pointer(memory), (1, 1, rows), (0, 0, width), width, 0, (0, 0, 1), memory)
+        spec = Spec(dtype, shape)
+        width = spec.width * dtype.itemsize
+        segment = Segment(device.pointer(memory), (1, 1, spec.rows), (0, 0, width), width, 0, (0, 0, 1), memory)
         return cls(device, dtype, shape, (segment,))
 
     @property
-    def rows(self) -> int:
-        return prod(self.shape[:-1])
+    def spec(self) -> Spec:
+        return Spec(self.dtype, self.shape)
 
     @property
-    def width(self) -> int:
-        return self.shape[-1] if self.shape else 1
+    def rows(self) -> int:
+        return self.spec.rows
 
     def take(self, rows: RowIds) -> Array:
         """Rows by number, (len(rows), width): they alone travel to the host."""
-        size = self.width * self.dtype.itemsize
+        size = self.spec.width * self.dtype.itemsize
         if not len(rows) or not size:
-            return np.zeros((len(rows), self.width), self.dtype)
+            return np.zeros((len(rows), self.spec.width), self.dtype)
         found = self.device.empty((len(rows), size), np.uint8)
         at = self.device.array(self._addresses()[rows])
         self.device.launch("gather", "gather_rows", len(rows), THREADS, at, np.int64(size), found)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gpu.device import select
+from gpu.device import from_env
 from gpu.plan import Model
 from gpu.plan import report as describe
 from gpu.resident import Resident
@@ -233,11 +233,19 @@ class Worker:
 
 def _engine(model: Path, opened: Model, threads: int, attention: str) -> Worker:
     """What runs a model: a worker need only have installed what its own models take."""
-    device = select(os.environ.get("ASSAY_DEVICE", "auto"))
+    device = from_env(os.environ)
     if not opened.answers:
         from prover.engines import onnxruntime
 
-        return Worker(lambda inputs: onnxruntime.record(model, opened, inputs, threads, device))
+        kept_bytes: dict[str, int] = {}
+
+        def record(inputs: Mapping[str, npt.NDArray[Any]]) -> prove.Recorded:
+            trace = onnxruntime.record(model, opened, inputs, threads, device)
+            if device:
+                kept_bytes["device_bytes"] = sum(t.spec.nbytes for t in trace.values() if isinstance(t, Resident))
+            return trace
+
+        return Worker(record, lambda: kept_bytes)
     try:
         from prover.engines import torch
     except ModuleNotFoundError as error:

@@ -18,7 +18,7 @@ from gpu.reach import selection
 from gpu.resident import Resident
 from proof.bundle import Opening, Proof
 from proof.errors import Malformed
-from proof.graph import Spec, dtype_name
+from proof.graph import Spec, dtype_name, spec_of
 from proof.messages import Challenge, Commitment, Task, TensorClaim
 from proof.policy import Policy, policy
 
@@ -88,7 +88,7 @@ def _planted(tensors: Recorded) -> dict[str, Levels]:
 def _tensor(plan: Plan, trace: Recorded, name: str) -> Array | Resident:
     if name not in trace:
         raise Malformed(f"the trace lacks {name!r}: record every node output")
-    given = Spec(trace[name].dtype, trace[name].shape)
+    given = _spec(trace[name])
     if given != plan.specs[name]:
         found, wanted = (f"{s.dtype}{list(s.shape)}" for s in (given, plan.specs[name]))
         raise Malformed(f"{name!r} is {found} in the trace; the graph gives {wanted}")
@@ -105,6 +105,10 @@ def answer(committed: Committed, commitment: Commitment, challenge: Challenge, t
         data = _rows(committed.trace[name], committed.plan.specs[name], rows)
         openings[name] = Opening(data, hashing.multiproof(committed.trees[name], rows))
     return Proof(task, commitment, challenge, openings)
+
+
+def _spec(tensor: Array | Resident) -> Spec:
+    return tensor.spec if isinstance(tensor, Resident) else spec_of(tensor)
 
 
 def _rows(tensor: Array | Resident, spec: Spec, rows: npt.NDArray[np.int64]) -> Array:

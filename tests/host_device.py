@@ -78,13 +78,6 @@ class HostDevice:
     def pointer(self, memory):
         return memory.ctypes.data
 
-    def foreign(self, pointer, nbytes, owner):
-        if not nbytes:
-            return np.zeros(0, np.uint8)
-        window = (ctypes.c_uint8 * nbytes).from_address(pointer)
-        window.owner = owner
-        return np.frombuffer(window, np.uint8)
-
     def pinned(self, nbytes):
         return self.empty(nbytes, np.uint8)
 

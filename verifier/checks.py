@@ -1,6 +1,7 @@
 """What `verify` checks, one function a step. Each returns nothing that could be forgotten: it raises Rejected."""
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -178,12 +179,15 @@ def nodes(proof: Proof, plan: Plan, chosen: Selection, means: Means, coverage: C
 
 
 def _offer(plan: Plan, chosen: Selection, tensors: dict[str, Tensor], means: Means, stand: Stand) -> None:
-    """Let the device work on all nodes at once; its kernels are of strength F and know no key."""
+    """Let the device work on all nodes at once; its kernels are of strength F and know no key.
+
+    A node whose offer breaks may never be reached: whether that is a fault, its own turn says.
+    """
     if means.key or means.rules.profile is not None:
         return
     for node in plan.nodes:
         if not all(name in plan.derived for name in node.outputs if name):
-            with own_fault(node):
+            with suppress(Rejected, Unavailable), own_fault(node):
                 stand.offer(registry_row(node), _call(node, plan, chosen, tensors, means))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpu.clearing.stand import shelf_of
-from gpu.device import select
+from gpu.device import from_env
 from gpu.plan import Model
 from proof import bundle
 from proof.digest import canonical
@@ -20,7 +20,6 @@ from proof.errors import Malformed
 from proof.messages import MAX_MESSAGE_BYTES, Challenge, Commitment, Verdict
 from proof.policy import policy
 from verifier import keys
-from verifier.settings import Settings
 from verifier.verify import verify
 
 cli = typer.Typer()
@@ -72,7 +71,7 @@ def verify_(
             verdict = keys.judge(key, given, drawn, time.time())
         else:
             assert model is not None
-            shelf = shelf_of(select(Settings.from_env(os.environ).device))
+            shelf = shelf_of(from_env(os.environ))
             verdict = verify(given, model, drawn, task=given.task, shelf=shelf)
     if as_json:
         out.print_json(data=verdict.to_json())

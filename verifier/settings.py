@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu.device import DEFAULT
 from proof.errors import Malformed
 
 DATA = "assay-data"
@@ -18,7 +19,7 @@ class Settings:
     lease: float = 20.0  # seconds that a worker process may be silent before its task goes to another
     attempts: int = 5  # before a task without verdict stalls
     validity: int = 30 * 86_400  # seconds that an attestation is valid
-    device: str = "auto"  # where worker processes check: cpu, cuda, or the CUDA device if there is one
+    device: str = DEFAULT  # where worker processes check: cpu, cuda, or the CUDA device if there is one
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], data: Path | None = None) -> "Settings":

@@ -7,7 +7,7 @@ import numpy as np
 from gpu import draws
 from gpu.clearing.operands import Operands
 from gpu.device import Device, Memory
-from gpu.freivalds import LONG, PREFIXES, PROFILES, UNDERFLOW, WIDEST_FOLD, quantile_of
+from gpu.freivalds import PREFIXES, WIDEST_FOLD, coefficients, entry_count, quantile_of
 from gpu.ops.call import Call
 from gpu.rounding import FORMATS
 
@@ -65,7 +65,7 @@ def clear_folded(product: Operands, call: Call, device: Device, mark: Memory, la
         width = min(WIDEST_FOLD, n - start)
         normals = draws.normals(device, call.draw, f"{label}/normals/{start}", (S, width))
         clear_rows(product, device, mark, normals, quantile, start)
-    count = call.policy.entries * (2 if k > LONG else 1)
+    count = entry_count(k, call.policy)
     every = m * n <= count
     label = f"{label}/entries"
     flat = device.array(np.arange(m * n)) if every else draws.entries(device, call.draw, label, count, m * n)
@@ -86,11 +86,8 @@ def clear_rows(
     if product.bias_rows:
         rows = Rows(product.bias, start, n, product.bias_rows, width)
         bias = folded(device, fold_parts(device, "fold_blocks_f64", rows, vectors, 1), 1)
-    form, profile = FORMATS[product.dtype], PROFILES[product.dtype]
-    bound = (
-        *(quantile, profile.incoherent(k), profile.u * profile.gamma * k),
-        *((product.rounds - 1) * form.u, k * UNDERFLOW + form.flush),
-    )
+    *units, underflow = coefficients(product.dtype, k, product.rounds)
+    bound = quantile, *units, underflow + FORMATS[product.dtype].flush
     device.launch(
         *("fold", f"judge_rows_{kind}", -(-m // THREADS), THREADS),
         *(right.sums, right.marks, left.sums, left.marks, bias.sums, np.int64(product.bias_rows), vectors.norm),
@@ -102,7 +99,7 @@ def weigh(product: Operands, device: Device, mark: Memory, normals: Memory, firs
     """S3: normals (8, n) times the weights of the columns of w from element `first`, float32."""
     (_, k, _), n = product.shape, normals.shape[1]
     by_row = product.w_strides[1] == 1
-    segments = _segments(-(-n // (COLUMNS if by_row else WARPS)), k)
+    segments = enough_segments(-(-n // (COLUMNS if by_row else WARPS)), k)
     squares = device.empty((segments, n), np.float64)
     name, stride = ("columns", product.w_strides[0]) if by_row else ("rows", product.w_strides[1])
     device.launch(
@@ -127,7 +124,7 @@ def fold_w(product: Operands, device: Device, vectors: Vectors, first: int) -> V
         rows = Rows(product.w, first, product.w_strides[0], k, n)
         parts = fold_parts(device, f"fold_blocks_{product.kind}", rows, vectors, 1)
     else:
-        segments = _segments(-(-k // COLUMNS), n)
+        segments = enough_segments(-(-k // COLUMNS), n)
         parts = Parts(device.empty((segments, k, S), np.float64), device.empty((segments, k, 2), np.float64))
         device.launch(
             *("fold", f"fold_columns_{product.kind}", (-(-k // COLUMNS), segments), THREADS),
@@ -161,7 +158,7 @@ def fold_y(product: Operands, device: Device, vectors: Vectors, start: int) -> F
 def fold_parts(device: Device, kernel: str, rows: Rows, vectors: Vectors, blocks: int) -> Parts:
     """Fold rows in segments whose bounds include those of `blocks` equal blocks of columns."""
     grid = -(-rows.count // FOLD_ROWS[kernel.rsplit("_", 1)[1]])
-    segments = blocks * _segments(grid * blocks, rows.width // blocks)
+    segments = blocks * enough_segments(grid * blocks, rows.width // blocks)
     parts = Parts(
         device.empty((segments, rows.count, S), np.float64), device.empty((segments, rows.count, 2), np.float64)
     )
@@ -188,17 +185,15 @@ def folded(device: Device, parts: Parts, blocks: int) -> Folded:
 def spot_check(product: Operands, device: Device, mark: Memory, flat: Memory) -> None:
     """T3 on entries by flat index, int64: those that are not cleared are added to what `mark` leaves."""
     _, k, n = product.shape
-    form, profile = FORMATS[product.dtype], PROFILES[product.dtype]
-    units = profile.incoherent(k), profile.u * profile.gamma * k, (product.rounds - 1) * form.u, k * UNDERFLOW
     device.launch(
         *("entries", f"spot_check_{product.kind}", -(-len(flat) // WARPS), 32 * WARPS),
         *(product.x, product.x_at, np.int64(k)),
         *(product.w, np.int64(product.w_first), *map(np.int64, product.w_strides), np.int64(n)),
         *(product.y, product.bias, np.int64(product.bias_rows), flat, np.int64(len(flat))),
-        *(*map(np.float64, units), mark),
+        *(*map(np.float64, coefficients(product.dtype, k, product.rounds)), mark),
     )
 
 
-def _segments(blocks: int, width: int) -> int:
+def enough_segments(blocks: int, width: int) -> int:
     """How many segments give a device enough blocks."""
     return max(1, min(-(-BLOCKS // max(blocks, 1)), width // LEAST))

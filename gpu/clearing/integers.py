@@ -8,17 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu import draws
+from gpu.clearing.folds import enough_segments
 from gpu.clearing.stand import Stand
 from gpu.device import Device, Memory
-from gpu.freivalds import EXACT_TERMS, FEW, FOLDS
+from gpu.freivalds import FOLDS, folds_integers
 from gpu.ops.call import Call, Tensor
-from gpu.ops.matrices import Group, Layout
-from proof.policy import Policy
+from gpu.ops.matrices import Group, Layout, first_row
 
 SUFFIX = {np.dtype(np.int8): "i8", np.dtype(np.uint8): "u8", np.dtype(np.int32): "i32"}
 THREADS = 128
 FOLD_THREADS, FOLD_ROWS, COLUMNS = 256, 128, 512  # of a block that folds rows; columns of one that goes down them
-BLOCKS, LEAST = 512, 512  # blocks that keep a device busy, and elements that are worth a segment
 
 Integers = npt.NDArray[np.int64]
 
@@ -51,7 +50,7 @@ def clear_products(
     if left is None or right is None or form.transposed_a or claimed.dtype != np.int32:
         return False
     k, n = form.a[-1], claimed.shape[1]
-    if not all(_folds((len(group.at), k, n), call.policy) for group, _ in groups):
+    if not all(folds_integers((len(group.at), k, n), call.policy) for group, _ in groups):
         return False
     for group, zeros in groups:
         x = Rows(stand.hold(left), left.data.dtype, 0, k, len(group.at), k, stand.places(left, group.x))
@@ -86,7 +85,7 @@ def fold_rows(device: Device, rows: Rows, vectors: Memory, wide: bool = False) -
     kernel = f"ring_rows_{'wide_' if wide else ''}{SUFFIX[rows.dtype]}"
     at = device.empty(1, np.int64) if rows.at is None else rows.at
     device.launch(
-        *("ring", kernel, (blocks, _segments(blocks, rows.width)), FOLD_THREADS),
+        *("ring", kernel, (blocks, enough_segments(blocks, rows.width)), FOLD_THREADS),
         *(rows.matrix, at, np.int32(rows.at is not None)),
         *map(np.int64, (rows.first, rows.stride, rows.count, rows.width)),
         *(vectors, out),
@@ -102,7 +101,7 @@ def fold_matrix(device: Device, rows: Rows, vectors: Memory, transposed: bool) -
     out = device.zeros((FOLDS, m), np.uint64)
     blocks = -(-m // COLUMNS)
     device.launch(
-        *("ring", f"ring_columns_{SUFFIX[rows.dtype]}", (blocks, _segments(blocks, n)), THREADS, rows.matrix),
+        *("ring", f"ring_columns_{SUFFIX[rows.dtype]}", (blocks, enough_segments(blocks, n)), THREADS, rows.matrix),
         *map(np.int64, (rows.first, rows.stride, m, n)),
         *(vectors, out),
     )
@@ -112,15 +111,5 @@ def fold_matrix(device: Device, rows: Rows, vectors: Memory, transposed: bool) -
 def _matrix(stand: Stand, right: Tensor, form: Layout, group: Group) -> Rows:
     """The group's matrix as it is stored."""
     rows, width = form.b[-2:]
-    places = right.places(np.arange(group.right * rows, (group.right + 1) * rows))
-    return Rows(stand.hold(right), right.data.dtype, int(places[0]) * width if rows else 0, width, rows, width)
-
-
-def _folds(shape: tuple[int, int, int], policy: Policy) -> bool:
-    m, k, n = shape
-    return m > FEW * policy.challenges and m * k * n > FOLDS * (k * n + m * (k + n)) and k <= EXACT_TERMS
-
-
-def _segments(blocks: int, width: int) -> int:
-    """How many segments give a device enough blocks."""
-    return max(1, min(-(-BLOCKS // max(blocks, 1)), width // LEAST))
+    first = first_row(right, group.right, rows) * width
+    return Rows(stand.hold(right), right.data.dtype, first, width, rows, width)

@@ -9,20 +9,16 @@ from gpu.clearing.folds import S, clear_folded
 from gpu.clearing.operands import SUFFIX, Operands
 from gpu.clearing.stand import Stand
 from gpu.device import Device, Memory
-from gpu.freivalds import PROFILES, UNDERFLOW, folds
+from gpu.freivalds import coefficients, folds
 from gpu.ops.call import Call, Tensor
-from gpu.ops.matrices import Group, Layout, layout
-from gpu.rounding import FORMATS
+from gpu.ops.matrices import Group, Layout, first_row, layout
 
 LEAST = 2**16  # multiplications a product, below which its launches cost more than they save
 MOST_TERMS = 2**18  # beyond, what kernels/recompute.cu takes off for its own errors is too much
 MOST_ROWS = 24  # that it takes at once
 COLUMNS, THREADS = 128, 128  # of a block
-BLOCKS, SPLITS, SPLIT = (
-    512,
-    64,
-    256,
-)  # that keep a device busy; parts of k where columns are too few; terms worth a part
+BLOCKS = 512  # that keep a device busy
+SPLITS, SPLIT = 64, 256  # parts of k where columns are too few, and terms that are worth one
 
 Array = npt.NDArray[Any]
 
@@ -55,8 +51,7 @@ def recompute(product: Operands, device: Device, mark: Memory) -> None:
     columns = -(-n // COLUMNS)
     splits = min(-(-k // SPLIT), -(-BLOCKS // columns), SPLITS)
     z, a = (device.empty((splits, min(m, MOST_ROWS), n), dtype) for dtype in (np.float64, np.float32))
-    profile, form = PROFILES[product.dtype], FORMATS[product.dtype]
-    room = profile.incoherent(k), (product.rounds - 1) * form.u, k * UNDERFLOW
+    c, _, r, t = coefficients(product.dtype, k, product.rounds)
     for first in range(0, m, MOST_ROWS):
         rows = min(MOST_ROWS, m - first)
         own = slice(first, first + rows)
@@ -69,21 +64,20 @@ def recompute(product: Operands, device: Device, mark: Memory) -> None:
         device.launch(
             *("recompute", f"judge_products_{product.kind}", min(BLOCKS, -(-rows * n // THREADS)), THREADS),
             *(z, a, np.int32(splits), np.int32(rows), np.int64(k), np.int64(n), bias, np.int64(bias_rows)),
-            *(product.y[own], *map(np.float64, room), mark),
+            *(product.y[own], *map(np.float64, (c, r, t)), mark),
         )
 
 
 def _operands(call: Call, stand: Stand, form: Layout, group: Group, given: tuple[Tensor, Tensor, Array]) -> Operands:
     left, right, bias = given
     rows, width = form.b[-2:]
-    matrix = right.places(np.arange(group.right * rows, (group.right + 1) * rows))
     own = bias[group.at] if len(bias) > 1 else bias
     n = rows if form.transposed_b else width
     return Operands(
         x=stand.hold(left),
         x_at=stand.places(left, group.x),
         w=stand.hold(right),
-        w_first=int(matrix[0]) * width if rows else 0,
+        w_first=first_row(right, group.right, rows) * width,
         w_strides=(1, width) if form.transposed_b else (width, 1),
         y=stand.device.array(call.claimed[0][group.at]),
         bias=stand.device.array(np.broadcast_to(own, (len(own), n))),

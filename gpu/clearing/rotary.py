@@ -34,12 +34,17 @@ def clear_rotary(call: Call, stand: Stand, mark: Memory, turn: Turn) -> bool:
         return False
     if sin.spec.width != cos.spec.width or (turn.table_rows >= min(cos.spec.rows, sin.spec.rows)).any():
         return False
-    device = stand.device
     stand.device.launch(
         *("rotary", f"turn_pairs_{SUFFIX[x.spec.dtype]}", min(BLOCKS, -(-claimed.size // THREADS)), THREADS),
         *(stand.hold(x), stand.places(x, call.rows[0])),
         *map(np.uint32, (len(claimed), x.spec.width, turn.heads)),
         *(stand.hold(cos), stand.places(cos, turn.table_rows), stand.hold(sin), stand.places(sin, turn.table_rows)),
-        *(np.uint32(cos.spec.width), np.int32(turn.interleaved), np.float64(turn.unit), device.array(claimed), mark),
+        *(
+            np.uint32(cos.spec.width),
+            np.int32(turn.interleaved),
+            np.float64(turn.unit),
+            stand.device.array(claimed),
+            mark,
+        ),
     )
     return True

@@ -16,7 +16,6 @@ from gpu.device import Device, Memory
 from gpu.forest import row_digests
 from gpu.ops.call import Call, Measure, Op, RowIds, Tensor
 from gpu.resident import Resident
-from proof.errors import Rejected
 
 Array = npt.NDArray[Any]
 
@@ -78,13 +77,9 @@ class Stand:
         return self.device.array(tensor.places(rows))
 
     def offer(self, op: Op, call: Call) -> None:
-        """Have the device work on a node, if it can."""
+        """Have the device work on a node, if it can. Where an op's function raises, the node is not cleared."""
         index = call.site.node.index
-        try:
-            taken = op.clear is not None and op.clear(call, self, self._marks[index])
-        except (Rejected, MemoryError):  # for the reference to say, in its turn
-            taken = False
-        if taken:
+        if op.clear is not None and op.clear(call, self, self._marks[index]):
             self._entries[index] = sum(values.size for values in call.claimed)
 
     def cleared(self, node: int) -> Measure | None:

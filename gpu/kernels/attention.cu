@@ -23,6 +23,7 @@
 // eps (3 slack + size (4 weights + 3 distances) / least) at most. Rows where the reference might overflow are left.
 
 #include "judge.cuh"
+#include "warp.cuh"
 
 constexpr int KEYS = 128, ROWS = 8, DEPTH = 16, COLUMNS = 64, WARPS = KEYS / 32, RUN = 4;
 constexpr double MOST_SCORE = 0x1p14, MOST_GROWTH = 100.0, LEAST_SUM = 0x1p-100, MOST_DOUBT = 0x1p-24;
@@ -31,22 +32,8 @@ struct Row { i64 q, y, limit, keys, mask; };
 struct Tile { i64 first, rows, k, v; };
 struct Errors { double scale, softcap, product, score, cap; };
 
-template <typename T> struct alignas(16) Piece { T at[16 / sizeof(T)]; };
-
 __device__ inline double infinity() { return __longlong_as_double(2047ll << 52); }
 __device__ inline double nan_of() { return __longlong_as_double(4095ll << 51); }
-
-struct Add {
-    __device__ double operator()(double a, double b) const { return a + b; }
-};
-struct Most {
-    __device__ double operator()(double a, double b) const { return fmax(a, b); }
-};
-
-template <typename Join> __device__ inline double over_warp(double value, Join join) {
-    for (int by = 16; by; by /= 2) value = join(value, __shfl_xor_sync(~0u, value, by));
-    return value;
-}
 
 template <typename Join> __device__ inline double joined(const double (&warps)[WARPS], Join join) {
     return join(join(warps[0], warps[1]), join(warps[2], warps[3]));
@@ -135,7 +122,7 @@ __device__ inline void score(const T* q, const T* k, i64 k_stride, const u8* mas
         }
 }
 
-// Nearest even in T, or infinity.
+// Nearest even in T, or infinity; `quantized` spills here.
 template <typename T> __device__ inline double round_to(double value) {
     const i64 exponent = __double_as_longlong(value) >> 52 & 2047, least = Format<T>::e_min + 1023;
     const double quantum = __longlong_as_double((exponent > least ? exponent : least) - Format<T>::p + 1 << 52);

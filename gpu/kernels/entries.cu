@@ -8,11 +8,7 @@
 // are counted already.
 
 #include "judge.cuh"
-
-__device__ inline double warp_sum(double x) {
-    for (int by = 16; by; by /= 2) x += __shfl_xor_sync(~0u, x, by);
-    return x;
-}
+#include "warp.cuh"
 
 template <typename T>
 __device__ inline void spot(const T* x, const i64* x_at, i64 k, const T* w, i64 stride_k, i64 stride_n, i64 n,
@@ -39,8 +35,8 @@ __device__ inline void spot(const T* x, const i64* x_at, i64 k, const T* w, i64 
         size += fabs(term);
         carried += __shfl_sync(~0u, sum, 31);
     }
-    squares = warp_sum(squares) + start * start;
-    size = warp_sum(size) + fabs(start);
+    squares = over_warp(squares, Add()) + start * start;
+    size = over_warp(size, Add()) + fabs(start);
     for (int by = 16; by; by /= 2) {
         const double other = __shfl_xor_sync(~0u, prefix, by);
         prefix = other <= prefix ? prefix : other;

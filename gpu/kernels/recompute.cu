@@ -17,7 +17,6 @@
 constexpr int LINES = 128, DEPTH = 16, OWN = 12, MOST = 24;
 constexpr float SCALE = 0x1p20f;  // of a term before it is squared: zeros are then told from what float32 cannot square
 
-template <typename T> struct alignas(16) Piece { T at[16 / sizeof(T)]; };
 
 // tile[d][threadIdx.x] = line[d stride], zero from `count` on (which may be negative).
 template <typename T>

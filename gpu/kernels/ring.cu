@@ -12,7 +12,6 @@
 
 constexpr int THREADS = 256, LANES = 8, ROWS = 4, STEPS = 2, GROUPS = THREADS / LANES;
 
-template <typename T> struct alignas(16) Sixteen { T at[16 / sizeof(T)]; };
 
 // Two words of a column: below 2^31, or any of 64 bits as high 2^32 + low with a signed low half, so that a product
 // with a small integer is one multiplication of 32 by 32 bits to 64 and one to 32.
@@ -57,11 +56,11 @@ __device__ inline void ring_rows(
 #pragma unroll 1
         for (int step = 0; step < STEPS && start + step * STEP < to; step++) {
             const i64 column = start + step * STEP + lane * WIDTH;
-            Sixteen<T> values[ROWS];
+            Piece<T> values[ROWS];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 if (wide && column + WIDTH <= n) {
-                    values[r] = *(const Sixteen<T>*)(rows[r] + column);
+                    values[r] = *(const Piece<T>*)(rows[r] + column);
                 } else {
 #pragma unroll
                     for (int i = 0; i < WIDTH; i++) values[r].at[i] = column + i < n ? rows[r][column + i] : (T)0;

@@ -8,13 +8,14 @@
 // where it vanishes beside the mean's square, or beside its own error: there rows are left, and what is subtracted is rounded up.
 
 #include "judge.cuh"
+#include "warp.cuh"
 
 constexpr int THREADS = 128;
 constexpr double U = 0x1p-24;
 
 // Of every thread's value, for all of them.
 template <typename Join> __device__ inline double over_block(double value, double (&room)[THREADS / 32], Join join) {
-    for (int by = 16; by; by /= 2) value = join(value, __shfl_xor_sync(~0u, value, by));
+    value = over_warp(value, join);
     __syncthreads();
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = value;
     __syncthreads();
@@ -22,13 +23,6 @@ template <typename Join> __device__ inline double over_block(double value, doubl
     for (int warp = 1; warp < THREADS / 32; warp++) value = join(value, room[warp]);
     return value;
 }
-
-struct Add {
-    __device__ double operator()(double a, double b) const { return a + b; }
-};
-struct Most {
-    __device__ double operator()(double a, double b) const { return a < b ? b : a; }
-};
 
 __device__ inline double alpha(i64 terms) { return fmin((double)terms + 2.0, 16.0 + 2.0 * sqrt((double)terms)); }
 

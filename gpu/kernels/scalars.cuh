@@ -9,6 +9,9 @@ typedef long long i64;
 struct bf16 { u16 bits; };
 struct f16 { u16 bits; };
 
+// What a thread reads at once.
+template <typename T> struct alignas(16) Piece { T at[16 / sizeof(T)]; };
+
 __device__ inline float as_float(u32 bits) { return __uint_as_float(bits); }
 
 // Exact: every value of a narrower format is one of the wider. NaN stays NaN.

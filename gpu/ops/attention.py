@@ -162,26 +162,19 @@ def _check(call: Call) -> Measure:
 def _clear(call: Call, stand: Stand, mark: Memory) -> bool:
     """Have a device judge the output of a node without a cache."""
     heads = heads_of(call.site)
-    mask, lengths = (call.inputs[i] if i < len(call.inputs) else None for i in (MASK, LENGTHS))
+    mask = call.inputs[MASK] if len(call.inputs) > MASK else None
     if heads.past or any(call.site.outputs[1:]) or (mask is not None and mask.spec.width > heads.keys):
         return False
-    counts = np.full(heads.batch, heads.keys) if lengths is None else lengths.whole().reshape(-1)
-    if ((counts < 0) | (counts > heads.keys)).any():
-        return False
     k, v = (_tensor(call, i).spec.width // (heads.groups if heads.packed else 1) for i in (1, 2))
-    asked = [_asked(call, heads, queries, (k, v), counts) for queries in heads.select(call.rows[0])]
+    asked = [_asked(call, heads, queries, (k, v)) for queries in heads.select(call.rows[0])]
     return clearing.clear(call, stand, mark, asked, (k, v))
 
 
-def _asked(call: Call, heads: Heads, queries: Queries, sizes: tuple[int, int], counts: Ints) -> clearing.Asked:
-    """Where the rows of one head lie, and how many keys they see (as in `_bias`, but for the mask)."""
+def _asked(call: Call, heads: Heads, queries: Queries, sizes: tuple[int, int]) -> clearing.Asked:
+    """Where the rows of one head lie, and how many keys they see."""
     q, mask, (k, v) = _tensor(call, 0), call.inputs[MASK] if len(call.inputs) > MASK else None, sizes
     head, group = (queries.head, heads.group(queries.head)) if heads.packed else (0, 0)
-    visible, limits = heads.visible(queries), np.full(len(queries.i), counts[queries.batch], np.int64)
-    if call.site.node.attributes.get("is_causal", 0):
-        lengths = len(call.inputs) > LENGTHS and call.inputs[LENGTHS] is not None
-        offset = limits - heads.queries if lengths else 0
-        limits = np.clip(queries.i + offset + 1, 0, limits)
+    visible, limits = heads.visible(queries), _limits(call, heads, queries)
     new, _ = heads.key_rows(queries)
     first = [int(_tensor(call, i).places(new)[0]) if visible else 0 for i in (1, 2)]
     return clearing.Asked(
@@ -273,20 +266,26 @@ def _keys(call: Call, heads: Heads, queries: Queries, position: int) -> npt.NDAr
     return rows
 
 
-def _bias(call: Call, heads: Heads, queries: Queries, visible: int) -> Array:
-    """What is added to the scores, (queries, keys): 0 or -inf, and a float mask's values."""
-    bias = np.zeros((len(queries.i), visible))
-    t, total = np.arange(visible), heads.past + heads.keys
-    lengths = call.inputs[LENGTHS] if len(call.inputs) > LENGTHS else None
-    offset = heads.past
+def _limits(call: Call, heads: Heads, queries: Queries) -> Ints:
+    """Keys, from the first on, that each query may see, the past among them; a mask may hide more of them.
+
+    Raises Rejected where a sequence has more keys than there are, or less than none.
+    """
+    total, offset = heads.past + heads.keys, heads.past
+    lengths, count = call.inputs[LENGTHS] if len(call.inputs) > LENGTHS else None, total
     if lengths is not None:
         count = int(lengths.whole().reshape(-1)[queries.batch])
+        offset = count - heads.queries
         if not 0 <= count <= total:
             raise Rejected(Reason.REEXECUTION, f"a sequence of {count} keys where there are {total}")
-        bias[:, count:] = -np.inf
-        offset = count - heads.queries
-    if call.site.node.attributes.get("is_causal", 0):
-        bias[t[None, :] > queries.i[:, None] + offset] = -np.inf
+    causal = call.site.node.attributes.get("is_causal", 0)
+    return np.clip(queries.i + offset + 1, 0, count) if causal else np.full(len(queries.i), count, np.int64)
+
+
+def _bias(call: Call, heads: Heads, queries: Queries, visible: int) -> Array:
+    """What is added to the scores, (queries, keys): 0 or -inf, and a float mask's values."""
+    total = heads.past + heads.keys
+    bias = np.where(np.arange(visible) < _limits(call, heads, queries)[:, None], 0.0, -np.inf)
     mask = call.inputs[MASK] if len(call.inputs) > MASK else None
     if mask is not None:
         given = mask.take(heads.mask_rows(queries, mask.spec))

@@ -87,12 +87,19 @@ def _block(number: int, rows: int) -> Ints:
 
 def block(tensor: Tensor, number: int, rows: int) -> npt.NDArray[Any]:
     """Matrix `number` of a tensor of matrices with this many rows, without a copy where they lie together."""
-    first = number * rows
-    if tensor.index is not None:
-        wanted, first = first, int(np.searchsorted(tensor.index, first))
-        if not np.array_equal(tensor.index[first : first + rows], np.arange(wanted, wanted + rows)):
-            raise KeyError("a row that was not opened")
+    first = first_row(tensor, number, rows)
     return tensor.data[first : first + rows]
+
+
+def first_row(tensor: Tensor, number: int, rows: int) -> int:
+    """Where the rows of matrix `number` begin among those at hand. Raises KeyError where one was not opened."""
+    first = number * rows
+    if tensor.index is None:
+        return first
+    at = int(np.searchsorted(tensor.index, first))
+    if not np.array_equal(tensor.index[at : at + rows], np.arange(first, first + rows)):
+        raise KeyError("a row that was not opened")
+    return at
 
 
 def layout(site: Site, left: int = 0, right: int = 1) -> Layout:

@@ -70,7 +70,6 @@ class Recorder:
         self._device = device if device and PROVIDERS[device.place][0][0] in known else None
         self._place = self._device.place if self._device else "cpu"
         self._specs = plan.specs
-        self.kept = 0  # bytes that the last run left on the device
         self._inputs = {name: plan.specs[name] for name in plan.inputs}
         self._names = [name for name in plan.tensors if name not in self._inputs]
         options = _options(threads)
@@ -112,7 +111,6 @@ class Recorder:
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         values = dict(zip(self._names, binding.get_outputs(), strict=True))
-        self.kept = sum(self._specs[name].nbytes for name in values)
         return {name: _resident(device, value, self._specs[name]) for name, value in values.items()}
 
 

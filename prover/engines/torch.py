@@ -36,9 +36,7 @@ SAME_FREQUENCY = 1e-6  # relative: as far as two libraries' fp32 powers are apar
 class Rule(LogitsProcessor):  # type: ignore[misc]
     """The task's rule in a form that greedy search follows: 0 at the token that it gives, -inf elsewhere."""
 
-    def __init__(
-        self, settings: Sequence[Settings], start: int, end: int, stepped: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, settings: Sequence[Settings], start: int, end: int, stepped: Callable[[], None]) -> None:
         """`stepped` is called once a step, when the network has done it."""
         self._settings, self._start, self._end, self._stepped = settings, start, end, stepped
 
@@ -67,12 +65,8 @@ def loaded(
     if threads:
         torch.set_num_threads(threads)
     place = device.place if device else "cpu"
-    if place == "cuda":
-        if not torch.cuda.is_available():
-            raise Malformed("this PyTorch has no CUDA: install one that has, or run on the CPU with ASSAY_DEVICE=cpu")
-        # sums in 16 bit are no rounding of float32 sums, which is what the verifier allows for
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    if place == "cuda" and not torch.cuda.is_available():
+        raise Malformed("this PyTorch has no CUDA: install one that has, or run on the CPU with ASSAY_DEVICE=cpu")
     try:
         network = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", attn_implementation=attention, local_files_only=True
@@ -96,6 +90,10 @@ class Recorder:
         _fit(network, statement)
         if device and network.device.type != device.place:
             raise Malformed(f"the network is on {network.device.type!r}, the device is {device.name}")
+        if network.device.type == "cuda":
+            # sums in 16 bit are no rounding of float32 sums, which is what the verifier allows for
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._network, self.statement = network, statement
         self._device, self._room = device, room
         self._names = frozenset(name for node in statement.nodes for name in node.outputs)

@@ -1,6 +1,7 @@
 """A node's claims on a device beside the reference: what the one clears the other must accept."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -29,14 +30,17 @@ def call_of(op: Op, run: Run, rows: Sequence, claimed: Sequence, rules: str = "s
 def cleared(device, op: Op, call: Call) -> Measure | None:
     """What the device clears; None where it leaves something, or has no kernel (see `taken`)."""
     stand = Stand(Shelf(device, 1e9), call.site.node.index + 1)
-    stand.offer(op, call)
+    with suppress(Rejected):
+        stand.offer(op, call)
     return stand.cleared(call.site.node.index)
 
 
 def taken(device, op: Op, call: Call) -> bool:
     """Whether the device has a kernel for the call."""
     stand = Stand(Shelf(device, 1e9), call.site.node.index + 1)
-    return bool(op.clear is not None and op.clear(call, stand, stand._marks[call.site.node.index]))
+    with suppress(Rejected):
+        return bool(op.clear is not None and op.clear(call, stand, stand._marks[call.site.node.index]))
+    return False
 
 
 def accepts(op: Op, call: Call) -> Measure | None:

@@ -15,7 +15,6 @@ from proof.errors import Malformed
 GPU = source.FOLDER.parent
 ARCHITECTURES = ("sm_80", "sm_90")
 REGISTERS = 65536  # of a multiprocessor
-STACKS: dict[str, str] = {}  # kernels that may have a stack, and why
 USAGE = re.compile(
     r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     r".*?Used (\d+) registers",
@@ -50,7 +49,7 @@ def test_a_file_compiles_without_spills(file, architecture):
     for name, (stack, stored, loaded, registers) in found.items():
         threads, _ = kernels(file)[name]
         assert (stored, loaded) == (0, 0), f"{name} spills"
-        assert stack == 0 or name in STACKS, f"{name} has a stack of {stack} bytes"
+        assert stack == 0, f"{name} has a stack of {stack} bytes"
         assert registers * threads <= REGISTERS, f"{name} takes {registers} registers"
 
 

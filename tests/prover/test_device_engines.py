@@ -173,7 +173,7 @@ def recorded(statement, trace):
 
 
 def nbytes(tensor):
-    return tensor.rows * tensor.width * tensor.dtype.itemsize
+    return tensor.spec.nbytes
 
 
 def test_rows_that_moved_lie_in_pinned_memory(llama):
@@ -298,7 +298,6 @@ def test_outputs_of_onnx_runtime_are_left_on_the_device(name, device):
     recorder = runtime.Recorder(ours.source, ours.model, plan, threads=1, device=device)
     kept = recorder.run(ours.inputs)
     assert set(kept) - set(left(kept)) == set(plan.inputs)
-    assert recorder.kept == sum(map(nbytes, left(kept).values()))
     arrays = {name: host(tensor) for name, tensor in kept.items()}
     if device.place == "cpu":
         arrays = runtime.record(ours.source, ours.model, ours.inputs, threads=1)
