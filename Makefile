@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread of BLAS: on a busy machine more threads wait for each other (bench/README.md).
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo demo-llm test bench bench-decoders bench-device vacuity honest detection adversary lint clean
+.PHONY: demo demo-llm test bench bench-decoders bench-device bench-service openapi vacuity honest detection adversary lint clean
 
 BENCH := $(BIN)/python -m pytest -q --benchmark-only --benchmark-columns=min,median,rounds
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -22,7 +22,7 @@ $(VENV)/demo-llm.stamp: $(VENV)/demo.stamp
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo-llm.stamp
-	$(INSTALL) -e '.[demo,torch,gguf,test]'
+	$(INSTALL) -e '.[demo,postgres,torch,gguf,test]'
 	touch $@
 
 demo: $(VENV)/demo.stamp
@@ -48,6 +48,12 @@ bench-decoders: $(VENV)/test.stamp
 
 bench-device: $(VENV)/test.stamp
 	$(BIN)/python bench/device.py
+
+bench-service: $(VENV)/test.stamp
+	$(BIN)/python bench/service.py
+
+openapi: $(VENV)/test.stamp
+	$(BIN)/assay openapi > api/openapi.json
 
 vacuity: $(VENV)/test.stamp
 	$(BIN)/python bench/vacuity.py

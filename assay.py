@@ -15,8 +15,10 @@ FLOORS = {
     "prover.cli": ("model", "run", "commit", "open", "take", "demo", "demo-llm"),
     "verifier.offline": ("challenge", "verify"),
     "verifier.key_cli": ("key",),
-    "verifier.cli": ("work",),
-    "api.cli": ("serve",),
+    "verifier.cli": ("init", "work"),
+    "verifier.protection_cli": ("protection", "equivocation"),
+    "verifier.status_cli": ("status", "task"),
+    "api.cli": ("serve", "openapi"),
 }
 REJECTED, MALFORMED, UNAVAILABLE = 1, 2, 3
 

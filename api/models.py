@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from api import schemas
+from api.caller import Reader, Registrar
 from api.door import Door, Here, receive
 from api.limits import limit_of
 from api.problems import Code, Problem
@@ -26,7 +27,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
         "The ONNX file, its weights inside, or in uploaded files: then a location is the digest of one."
     ),
 )
-async def register(request: Request, door: Here) -> JSONResponse:
+async def register(request: Request, door: Here, _: Registrar) -> JSONResponse:
     """Register a model. Its id binds graph and weights; the same model again answers 200 with the same id."""
     with door.blobs.upload(limit_of("POST", "/v1/models")) as upload:
         await receive(request, upload)
@@ -34,7 +35,7 @@ async def register(request: Request, door: Here) -> JSONResponse:
 
 
 @router.get("/{model}", response_model=schemas.ModelState)
-def show(model: Annotated[str, Path(pattern=schemas.HEX64)], door: Here) -> JSONResponse:
+def show(model: Annotated[str, Path(pattern=schemas.HEX64)], door: Here, _: Reader) -> JSONResponse:
     """What there is to check in a model, by op and family, and what it takes and gives."""
     row = door.store.model(model)
     if row is None:
@@ -45,22 +46,21 @@ def show(model: Annotated[str, Path(pattern=schemas.HEX64)], door: Here) -> JSON
 def _register(door: Door, upload: Upload) -> JSONResponse:
     address = upload.close()
     try:
-        model = door.library.read(upload.path)
+        seen = door.inspector.report(upload.path)
     except Malformed as error:
         raise Problem(Code.MODEL_UNVERIFIABLE, str(error)) from error
-    known = door.store.model(model.id.hex())
+    known = door.store.model(seen.id)
     if known:
         return JSONResponse(_state(known))
     row = ModelRow(
-        id=model.id.hex(),
+        id=seen.id,
         blob=door.blobs.place(upload, address),
         size=upload.size,
-        report=model.report(),
+        report=seen.report,
         created=door.clock(),
     )
     state = _state(row)
-    new = door.store.add_model(row)
-    door.library.put(model, upload.size)
+    new = door.store.add_model(row, seen.files)
     return JSONResponse(state, 201 if new else 200, {"Location": f"/v1/models/{state['model']}"})
 
 

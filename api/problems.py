@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from proof.errors import Conflict, Malformed, Reason, Rejected, Unavailable
+from proof.errors import Conflict, Failure, Malformed, Reason, Rejected
 from verifier.blobs import TooLarge
 from verifier.lifecycle import Expired
 
@@ -29,6 +29,13 @@ class Code(StrEnum):
     MALFORMED = "malformed"
     TOO_LARGE = "too_large"
     BAD_REQUEST = "bad_request"
+    TOO_SLOW = "too_slow"
+    ENCODING_REFUSED = "encoding.refused"
+    CALLER_UNKNOWN = "caller.unknown"
+    SCOPE_MISSING = "scope.missing"
+    REQUEST_EXPIRED = "request.expired"
+    RATE_LIMITED = "rate.limited"
+    QUEUE_FULL = "queue.full"
     ROUTE_UNKNOWN = "route.unknown"
     METHOD_REFUSED = "method.refused"
     WEIGHTS_UNKNOWN = "weights.unknown"
@@ -47,6 +54,9 @@ class Code(StrEnum):
     ATTESTATION_PENDING = "attestation.pending"
     ATTESTATION_UNKNOWN = "attestation.unknown"
     OUTPUTS_REFUSED = "outputs.refused"
+    WEBHOOK_UNKNOWN = "webhook.unknown"
+    WEBHOOK_REFUSED = "webhook.refused"
+    WEBHOOK_MANY = "webhook.many"
     UNAVAILABLE = "unavailable"
     INTERNAL = "internal"
 
@@ -61,6 +71,13 @@ KINDS = {
     Code.MALFORMED: Kind(422, "The message does not decode; the detail names the field"),
     Code.TOO_LARGE: Kind(413, "The body is larger than this service takes"),
     Code.BAD_REQUEST: Kind(400, "The request is not well-formed HTTP or JSON"),
+    Code.TOO_SLOW: Kind(408, "The body came too slowly", retryable=True),
+    Code.ENCODING_REFUSED: Kind(415, "Send the body as it is: nothing is decompressed here"),
+    Code.CALLER_UNKNOWN: Kind(401, "Send an API key (Authorization: Bearer …), or sign the request as a worker"),
+    Code.SCOPE_MISSING: Kind(403, "The API key does not have the scope for this"),
+    Code.REQUEST_EXPIRED: Kind(403, "The worker's signed request has expired, or is valid for too long: sign it again"),
+    Code.RATE_LIMITED: Kind(429, "Too many requests; wait as long as Retry-After says", retryable=True),
+    Code.QUEUE_FULL: Kind(429, "Too many tasks wait to be checked; post later", retryable=True),
     Code.ROUTE_UNKNOWN: Kind(404, "There is no such path; see /openapi.json"),
     Code.METHOD_REFUSED: Kind(405, "The path does not take this method"),
     Code.WEIGHTS_UNKNOWN: Kind(404, "No file of weights with this digest was uploaded"),
@@ -79,6 +96,9 @@ KINDS = {
     Code.ATTESTATION_PENDING: Kind(404, "There is no attestation yet; ask again", retryable=True),
     Code.ATTESTATION_UNKNOWN: Kind(404, "There is no attestation of this uid"),
     Code.OUTPUTS_REFUSED: Kind(409, "The proof was rejected: its outputs are worth nothing"),
+    Code.WEBHOOK_UNKNOWN: Kind(404, "There is no webhook, or no delivery, of this id"),
+    Code.WEBHOOK_REFUSED: Kind(422, "A webhook leads to a public https address; the detail says what is wrong"),
+    Code.WEBHOOK_MANY: Kind(409, "There are as many webhooks as a tenant may have: remove one first"),
     Code.UNAVAILABLE: Kind(503, "We cannot tell just now; the same request may be repeated", retryable=True),
     Code.INTERNAL: Kind(500, "A fault of ours, which has been logged"),
 }
@@ -87,15 +107,20 @@ KINDS = {
 class Problem(Exception):
     """An answer other than success, by its code."""
 
-    def __init__(self, code: Code, detail: str) -> None:
+    def __init__(self, code: Code, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
-        self.code, self.detail = code, detail
+        self.code, self.detail, self.headers = code, detail, headers
 
 
 def answer(code: Code, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     kind = KINDS[code]
     retry = {"Retry-After": str(RETRY_SECONDS)} if kind.retryable else {}
-    body = {
+    return JSONResponse(document(code, detail), kind.status, {**retry, **(headers or {})}, MEDIA_TYPE)
+
+
+def document(code: Code, detail: str) -> dict[str, Any]:
+    kind = KINDS[code]
+    return {
         "type": f"urn:assay:problem:{code}",
         "title": kind.title,
         "status": kind.status,
@@ -103,29 +128,36 @@ def answer(code: Code, detail: str, headers: Mapping[str, str] | None = None) ->
         "code": str(code),
         "retryable": kind.retryable,
     }
-    return JSONResponse(body, kind.status, {**retry, **(headers or {})}, MEDIA_TYPE)
 
 
-def _problem(_: Request, problem: Problem) -> JSONResponse:
-    return answer(problem.code, problem.detail)
+def code_of(failure: Problem | Failure) -> Code:
+    """The code of what was raised on purpose."""
+    match failure:
+        case Problem():
+            return failure.code
+        case TooLarge():
+            return Code.TOO_LARGE
+        case Malformed():
+            return Code.MALFORMED
+        case Rejected():
+            return Code.SIGNATURE if failure.reason is Reason.SIGNATURE else Code.COMMITMENT_BINDING
+        case Expired():
+            return Code.TASK_EXPIRED
+        case Conflict():
+            return Code.CONFLICT
+        case _:
+            return Code.UNAVAILABLE
 
 
-def _malformed(_: Request, failure: Malformed) -> JSONResponse:
-    return answer(Code.TOO_LARGE if isinstance(failure, TooLarge) else Code.MALFORMED, str(failure))
+def detail_of(failure: Problem | Failure) -> str:
+    return failure.detail if isinstance(failure, Problem | Rejected) else str(failure)
 
 
-def _rejected(_: Request, failure: Rejected) -> JSONResponse:
-    code = Code.SIGNATURE if failure.reason is Reason.SIGNATURE else Code.COMMITMENT_BINDING
-    return answer(code, failure.detail)
-
-
-def _conflict(_: Request, failure: Conflict) -> JSONResponse:
-    return answer(Code.TASK_EXPIRED if isinstance(failure, Expired) else Code.CONFLICT, str(failure))
-
-
-def _unavailable(_: Request, failure: Unavailable) -> JSONResponse:
-    log.warning("unavailable: %s", failure)
-    return answer(Code.UNAVAILABLE, str(failure))
+def _told(_: Request, failure: Problem | Failure) -> JSONResponse:
+    code = code_of(failure)
+    if code is Code.UNAVAILABLE:
+        log.warning("unavailable: %s", failure)
+    return answer(code, detail_of(failure), failure.headers if isinstance(failure, Problem) else None)
 
 
 def _invalid(request: Request, failure: RequestValidationError) -> JSONResponse:
@@ -137,7 +169,7 @@ def _invalid(request: Request, failure: RequestValidationError) -> JSONResponse:
 
 
 def _http(_: Request, failure: HTTPException) -> JSONResponse:
-    codes = {404: Code.ROUTE_UNKNOWN, 405: Code.METHOD_REFUSED, 413: Code.TOO_LARGE}
+    codes = {404: Code.ROUTE_UNKNOWN, 405: Code.METHOD_REFUSED, 413: Code.TOO_LARGE, 408: Code.TOO_SLOW}
     return answer(codes.get(failure.status_code, Code.BAD_REQUEST), str(failure.detail), failure.headers)
 
 
@@ -148,11 +180,8 @@ def _bug(request: Request, failure: Exception) -> JSONResponse:
 
 def install(app: FastAPI) -> None:
     handlers: dict[type[Exception], Any] = {
-        Problem: _problem,
-        Malformed: _malformed,
-        Rejected: _rejected,
-        Conflict: _conflict,
-        Unavailable: _unavailable,
+        Problem: _told,
+        Failure: _told,
         RequestValidationError: _invalid,
         HTTPException: _http,
         Exception: _bug,

@@ -17,7 +17,11 @@ Dtype = Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "
 Decimal = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,77})$", examples=["1000000000000000000"])]
 Shape = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=16, examples=[[1, 4]])]
 PolicyName = Annotated[str, Field(pattern=f"^({'|'.join(map(re.escape, POLICIES))})$", examples=["standard"])]
-StageName = Literal["posted", "challenged", "checking", "accepted", "rejected", "attested", "expired", "stalled"]
+StageName = Literal[
+    "posted", "challenged", "checking", "accepted", "rejected", "attested", "lapsed", "expired", "stalled"
+]
+MAX_INPUTS = 256
+MAX_BATCH = 100
 
 
 class Body(BaseModel):
@@ -50,10 +54,20 @@ class NewTask(Body):
     payer: Address
     deadline: Annotated[int, Field(ge=0, lt=2**53, description="Unix seconds.", examples=[1800000000])]
     nonce: Digest
+    worker: Annotated[Address | None, Field(description="Who alone may do it; none: whoever commits first.")] = None
     inputs: Annotated[
         dict[str, Tensor],
-        Field(examples=[{"x": {"dtype": "F32", "shape": [1, 4], "data": "AAAAAAAAgD8AAABAAABAQA=="}}]),
+        Field(
+            max_length=MAX_INPUTS,
+            examples=[{"x": {"dtype": "F32", "shape": [1, 4], "data": "AAAAAAAAgD8AAABAAABAQA=="}}],
+        ),
     ]
+
+
+class NewTasks(Body):
+    """Tasks posted together; each is answered by itself."""
+
+    tasks: Annotated[list[NewTask], Field(min_length=1, max_length=MAX_BATCH)]
 
 
 class Claim(Body):
@@ -80,6 +94,9 @@ class TaskState(Body):
     stage: StageName
     detail: Annotated[str | None, Field(description="Why there is no verdict yet, if something went wrong.")]
     created: Annotated[float, Field(examples=[1790000000.25])]
+    changed: Annotated[float, Field(description="When it came to its stage.", examples=[1790000003.5])]
+    tenant: Annotated[str, Field(description="Whose API key posted it.", examples=["acme"])]
+    assigned: Annotated[Address | None, Field(description="Who alone may do it.")]
     task: Task
     commitment: Digest | None
     worker: Address | None
@@ -93,6 +110,19 @@ class TaskState(Body):
 
 class TaskList(Body):
     tasks: list[TaskState]
+    next: Annotated[str | None, Field(description="The cursor of the next page; null: this is the last one.")]
+
+
+class Posted(Body):
+    """What became of one of several tasks: its state, or the problem with it."""
+
+    status: int
+    task: TaskState | None
+    problem: "Problem | None"
+
+
+class PostedList(Body):
+    results: list[Posted]
 
 
 class Commitment(Body):
@@ -194,11 +224,15 @@ class Liveness(Body):
     live: bool
 
 
-class Index(Body):
+class About(Body):
+    """What a caller needs to know of this service before it trusts it."""
+
     name: str
-    docs: str
-    openapi: str
+    version: str
     signer: Annotated[Address | None, Field(description="Address that signs attestations here.")]
+    origins: Annotated[list[str], Field(description="What a worker's signed request may name as the service.")]
+    openapi: str
+    limits: Annotated[dict[str, int], Field(examples=[{"proof_bytes": 68719476736}])]
 
 
 class Problem(Body):

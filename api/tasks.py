@@ -1,32 +1,39 @@
 """Tasks: posted, committed to, proven, judged. Every call may be repeated."""
 
+import base64
 import binascii
+import json
+import re
 from collections.abc import Mapping
+from math import isfinite
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Body, Header, Query, Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi import APIRouter, Body, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
-from api import schemas
+from api import problems, schemas
+from api.answers import IdempotencyKey, IfNoneMatch, Prefer, awaited, repeated, tagged
+from api.caller import Poster, Reader, Signing, Tenant, require_signature, scope_of, signed_by
 from api.door import BoundedRoute, Door, Here, TaskId, receive
 from api.limits import MAX_LISTED, limit_of
 from api.problems import Code, Problem
 from gpu import hashing
-from gpu.boundary import committed
 from proof import bundle, encoding, messages
-from proof.attestation import recover_upload, verify_commitment_signature
-from proof.errors import Conflict, Malformed, Reason, Rejected
+from proof.attestation import verify_commitment_signature
+from proof.errors import Failure, Malformed
 from proof.graph import DTYPES, Array
-from proof.messages import SIGNATURE_BYTES, TensorClaim, Verdict
-from proof.policy import policy
+from proof.messages import TensorClaim, Verdict
+from proof.requests import Action
 from verifier.blobs import Upload
 from verifier.lifecycle import Stage
-from verifier.store import Summary
+from verifier.summaries import Filter, Place, Summary
+from verifier.tables import ModelRow
 
 router = APIRouter(prefix="/v1/tasks", tags=["tasks"], route_class=BoundedRoute)
+batch = APIRouter(tags=["tasks"], route_class=BoundedRoute)
 
 SAFETENSORS = "application/octet-stream"
 
@@ -37,56 +44,77 @@ SAFETENSORS = "application/octet-stream"
     status_code=201,
     responses={200: {"model": schemas.TaskState, "description": "It was posted before"}},
 )
-def post(body: schemas.NewTask, door: Here) -> JSONResponse:
+def post(
+    body: schemas.NewTask, request: Request, door: Here, tenant: Poster, idempotency_key: IdempotencyKey = None
+) -> Response:
     """Post a task with its inputs. Its id is the digest of what is asked and paid."""
-    row = door.store.model(body.model)
-    if row is None:
-        raise Problem(Code.MODEL_UNREGISTERED, f"no model {body.model}")
-    arrays = _inputs(body, [entry["name"] for entry in row.report["inputs"]])
-    task = messages.Task.from_json(_message(body, arrays))
-    known = door.store.task(task.id().hex())
-    if known:
-        return JSONResponse(_state(known))
-    _fits(door, task, arrays, row.report)
-    now = door.clock()
-    if task.deadline < now:
-        raise Problem(Code.TASK_DEADLINE, f"the deadline {task.deadline} is before {int(now)}")
-    path = door.blobs.scratch()
-    bundle.write(path, arrays.items(), {"task": task.id().hex()})
-    new = door.store.add_task(task, door.blobs.adopt(path), now)
-    state = _state(door.task(task.id().hex()))
-    return JSONResponse(state, 201 if new else 200, {"Location": f"/v1/tasks/{state['id']}"})
+
+    def carry_out() -> JSONResponse:
+        new, state = _post(door, body, tenant)
+        return JSONResponse(state, 201 if new else 200, {"Location": f"/v1/tasks/{state['id']}"})
+
+    return repeated(door, tenant.name, idempotency_key, request, body, carry_out)
+
+
+@batch.post("/v1/tasks:batch", response_model=schemas.PostedList)
+def post_many(
+    body: schemas.NewTasks, request: Request, door: Here, tenant: Poster, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Post several tasks. Each is answered by itself, in their order: 201, 200, or the problem with it."""
+
+    def carry_out() -> JSONResponse:
+        return JSONResponse({"results": [_posted(door, task, tenant) for task in body.tasks]})
+
+    return repeated(door, tenant.name, idempotency_key, request, body, carry_out)
 
 
 @router.get("", response_model=schemas.TaskList)
 def listed(
+    request: Request,
     door: Here,
+    caller: Reader,
     stage: Annotated[Stage | None, Query(description="Only tasks at this stage.")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 100,
-) -> JSONResponse:
-    """Tasks, the oldest first: a worker looks here for those that are posted."""
-    door.store.expire(door.clock())
-    return JSONResponse({"tasks": [_state(entry) for entry in door.store.tasks(stage, limit)]})
+    cursor: Annotated[str | None, Query(max_length=200, description="`next` of the page before.")] = None,
+    _: IfNoneMatch = None,
+) -> Response:
+    """Tasks that the caller may see, the oldest first: a worker looks here for those that are posted."""
+    door.store.lapse(door.clock())
+    wanted = Filter(**scope_of(caller), stage=stage, after=_place(cursor) if cursor else None)
+    found = door.store.tasks(limit + 1, wanted)
+    more = _cursor(found[limit - 1]) if len(found) > limit else None
+    return tagged(request, {"tasks": [_state(entry) for entry in found[:limit]], "next": more})
 
 
 @router.get("/{task}", response_model=schemas.TaskState)
-def show(task: TaskId, door: Here) -> JSONResponse:
-    return JSONResponse(_state(door.task(task)))
+async def show(
+    task: TaskId, request: Request, door: Here, caller: Reader, prefer: Prefer = None, _: IfNoneMatch = None
+) -> Response:
+    """The task as it stands; with `Prefer: wait=N`, once it has come to its end, or as it is after N seconds."""
+    return tagged(request, _state(await awaited(door, prefer, lambda: door.seen(task, caller))))
 
 
 @router.get("/{task}/inputs", response_class=FileResponse, responses=schemas.file(SAFETENSORS, "safetensors"))
-def inputs(task: TaskId, door: Here) -> FileResponse:
+def inputs(task: TaskId, door: Here, caller: Reader) -> FileResponse:
     """The task's input tensors, as a safetensors file."""
-    return _file(door.blobs.path(door.task(task).task.inputs), f"{task}.inputs.safetensors")
+    return _file(door.blobs.path(door.seen(task, caller).task.inputs), f"{task}.inputs.safetensors")
 
 
 @router.post("/{task}/commitment", response_model=schemas.Challenge)
-def commit(task: TaskId, door: Here, body: Annotated[schemas.Commitment, Body()]) -> JSONResponse:
+def commit(
+    task: TaskId, request: Request, door: Here, body: Annotated[schemas.Commitment, Body()], _: Signing = None
+) -> JSONResponse:
     """Commit to a run, and be challenged. The first worker who commits has the task; there is no second roll."""
-    asked = messages.Task.from_json(door.task(task).task.document)
+    found = door.task(task)
+    asked = messages.Task.from_json(found.task.document)
     commitment = messages.Commitment.from_json(body.model_dump())
     if (commitment.task, commitment.model) != (asked.id(), asked.model):
         raise Problem(Code.COMMITMENT_BINDING, f"the commitment is not for task {task} and its model")
+    worker = signed_by(request, door, Action.COMMIT, asked, commitment.digest())
+    if worker != commitment.worker:
+        raise Problem(Code.SIGNATURE, f"the request is signed by {worker}, the commitment by {commitment.worker}")
+    if found.task.worker not in (None, worker):
+        raise Problem(Code.TASK_UNKNOWN, f"no task {task} for {worker}")
     verify_commitment_signature(commitment, asked.reward)
     return JSONResponse(door.store.commit(commitment, door.clock()).to_json())
 
@@ -97,45 +125,40 @@ def commit(task: TaskId, door: Here, body: Annotated[schemas.Commitment, Body()]
     status_code=202,
     openapi_extra=schemas.upload("The proof file (proof/README.md)."),
 )
-async def prove(
-    task: TaskId,
-    request: Request,
-    door: Here,
-    assay_signature: Annotated[
-        str,
-        Header(description="EIP-712 ProofUpload signature of the committed worker.", examples=["0x" + "1b" * 65]),
-    ] = "",
-) -> JSONResponse:
+async def prove(task: TaskId, request: Request, door: Here, _: Signing = None) -> JSONResponse:
     """Upload the proof. Only the committed worker can: otherwise anybody could have a task rejected."""
     summary = await run_in_threadpool(_open_for_proof, door, task)
-    try:
-        signature = encoding.prefixed(assay_signature, "Assay-Signature", SIGNATURE_BYTES)
-    except Malformed as error:
-        raise Problem(Code.PROOF_SIGNATURE, str(error)) from error
+    require_signature(request, door)
     with door.blobs.upload(limit_of("PUT", f"/v1/tasks/{task}/proof")) as upload:
         await receive(request, upload)
-        return await run_in_threadpool(_prove, door, summary, upload, signature)
+        return await run_in_threadpool(_prove, request, door, summary, upload)
 
 
 @router.get("/{task}/verdict", response_model=schemas.Verdict)
-def verdict(task: TaskId, door: Here) -> JSONResponse:
+async def verdict(
+    task: TaskId, request: Request, door: Here, caller: Reader, prefer: Prefer = None, _: IfNoneMatch = None
+) -> Response:
     """The verdict, exactly as the attestation's evidence hash covers it."""
-    return JSONResponse(_verdict(door, task).to_json())
+    await awaited(door, prefer, lambda: door.seen(task, caller))
+    return tagged(request, (await run_in_threadpool(_verdict, door, task)).to_json())
 
 
 @router.get("/{task}/attestation", response_model=schemas.Attestation)
-def attestation(task: TaskId, door: Here) -> JSONResponse:
-    """The signed verdict: a payment, or a rejection with amount 0."""
-    door.task(task)
-    found = door.store.attestation_of(task)
+async def attestation(
+    task: TaskId, request: Request, door: Here, caller: Reader, prefer: Prefer = None, _: IfNoneMatch = None
+) -> Response:
+    """What is signed at a task's end: a payment, a rejection, or that its deadline passed (both with amount 0)."""
+    await awaited(door, prefer, lambda: door.seen(task, caller))
+    found = await run_in_threadpool(door.store.attestation_of, task)
     if found is None:
         raise Problem(Code.ATTESTATION_PENDING, f"task {task} is not attested")
-    return JSONResponse(found.document)
+    return tagged(request, found.document)
 
 
 @router.get("/{task}/outputs", response_class=FileResponse, responses=schemas.file(SAFETENSORS, "safetensors"))
-def outputs(task: TaskId, door: Here) -> FileResponse:
+def outputs(task: TaskId, door: Here, caller: Reader) -> FileResponse:
     """The graph outputs that were paid for, as a safetensors file; only of an accepted proof."""
+    door.seen(task, caller)
     judged = _verdict(door, task)
     if judged.verdict != "accepted":
         raise Problem(Code.OUTPUTS_REFUSED, f"task {task} was rejected: {judged.reason}")
@@ -147,21 +170,68 @@ def outputs(task: TaskId, door: Here) -> FileResponse:
         name: proof.openings[name].rows.reshape(claims[name].shape) if name in proof.openings else plan.known[name]
         for name in plan.outputs
     }
-    path = door.blobs.scratch()
-    bundle.write(path, arrays.items(), {"task": task})
+    with door.blobs.making() as path:
+        bundle.write(path, arrays.items(), {"task": task})
     return _file(path, f"{task}.outputs.safetensors", scratch=True)
 
 
 @router.get("/{task}/bundle", response_class=FileResponse, responses=schemas.file(SAFETENSORS, "an audit bundle"))
-def audit_bundle(task: TaskId, door: Here) -> FileResponse:
+def audit_bundle(task: TaskId, door: Here, caller: Reader) -> FileResponse:
     """Proof, verdict and attestation in one file: enough to check everything again offline."""
+    door.seen(task, caller)
     judged = _verdict(door, task)
     found = door.store.attestation_of(task)
     if found is None:
         raise Problem(Code.ATTESTATION_PENDING, f"task {task} is not attested")
-    path = door.blobs.scratch()
-    bundle.write_bundle(_proof_path(door, task), path, judged, found.document)
+    with door.blobs.making() as path:
+        bundle.write_bundle(_proof_path(door, task), path, judged, found.document)
     return _file(path, f"{task}.bundle.safetensors", scratch=True)
+
+
+def _post(door: Door, body: schemas.NewTask, tenant: Tenant) -> tuple[bool, dict[str, Any]]:
+    """Whether the task is new, and its state."""
+    row = door.store.model(body.model)
+    if row is None:
+        raise Problem(Code.MODEL_UNREGISTERED, f"no model {body.model}")
+    arrays = _inputs(body, [entry["name"] for entry in row.report["inputs"]])
+    task = messages.Task.from_json(_message(body, arrays))
+    known = door.store.same_task(task.id().hex(), tenant.name, body.worker)
+    if known:
+        return False, _state(known)
+    door.admit()
+    _fits(door, task, arrays, row)
+    now = door.clock()
+    if task.deadline < now:
+        raise Problem(Code.TASK_DEADLINE, f"the deadline {task.deadline} is before {int(now)}")
+    with door.blobs.making() as path:
+        bundle.write(path, arrays.items(), {"task": task.id().hex()})
+        kept = door.blobs.adopt(path)
+    new = door.store.add_task(task, kept, now, tenant.name, body.worker)
+    return new, _state(door.task(task.id().hex()))
+
+
+def _posted(door: Door, body: schemas.NewTask, tenant: Tenant) -> dict[str, Any]:
+    try:
+        new, state = _post(door, body, tenant)
+    except (Problem, Failure) as failure:
+        problem = problems.document(problems.code_of(failure), problems.detail_of(failure))
+        return {"status": problem["status"], "task": None, "problem": problem}
+    return {"status": 201 if new else 200, "task": state, "problem": None}
+
+
+def _cursor(last: Summary) -> str:
+    return base64.urlsafe_b64encode(json.dumps(last.place).encode()).decode().rstrip("=")
+
+
+def _place(cursor: str) -> Place:
+    try:
+        created, task = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        place = float(created), str(task)
+    except (ValueError, TypeError) as error:
+        raise Malformed("cursor: not one that this service gave") from error
+    if not isfinite(place[0]) or not re.fullmatch(schemas.HEX64, place[1]):
+        raise Malformed("cursor: not one that this service gave")
+    return place
 
 
 def _inputs(body: schemas.NewTask, names: list[str]) -> dict[str, Array]:
@@ -191,21 +261,22 @@ def _message(body: schemas.NewTask, arrays: Mapping[str, Array]) -> dict[str, An
         TensorClaim(name, body.inputs[name].dtype, array.shape, hashing.root(hashing.tensor_levels(array))).to_json()
         for name, array in arrays.items()
     ]
-    return {**body.model_dump(exclude={"inputs"}), "inputs": claims}
+    return {**body.model_dump(exclude={"inputs", "worker"}), "inputs": claims}
 
 
-def _fits(door: Door, task: messages.Task, arrays: Mapping[str, Array], report: Mapping[str, Any]) -> None:
+def _fits(door: Door, task: messages.Task, arrays: Mapping[str, Array], row: ModelRow) -> None:
     """Raises Problem when the inputs' dtypes or shapes, or the policy, are not for the model: nobody could do the task.
 
     What the worker gives is taken at its shortest.
     """
-    for claim, entry in zip(task.inputs, report["inputs"], strict=True):
+    for claim, entry in zip(task.inputs, row.report["inputs"], strict=True):
         if claim.dtype != entry["dtype"]:
             raise Problem(Code.TASK_INPUTS, f"input {claim.name!r} is {claim.dtype}; the model takes {entry['dtype']}")
+    shortest = {entry["name"]: (1,) * len(entry["shape"]) for entry in row.report["answers"]}
     try:
-        shortest = {entry["name"]: (1,) * len(entry["shape"]) for entry in report["answers"]}
-        plan = door.library.plan(task.model, {name: array.shape for name, array in arrays.items()} | shortest)
-        committed(plan, policy(task.policy))
+        door.inspector.plan(
+            door.blobs.path(row.blob), {name: array.shape for name, array in arrays.items()} | shortest, task.policy
+        )
     except Malformed as error:
         raise Problem(Code.TASK_INPUTS, str(error)) from error
 
@@ -218,40 +289,29 @@ def _open_for_proof(door: Door, task: str) -> Summary:
     return summary
 
 
-def _prove(door: Door, summary: Summary, upload: Upload, signature: bytes) -> JSONResponse:
-    """Signature, form, file, record, queue: each durable before the next."""
+def _prove(request: Request, door: Door, summary: Summary, upload: Upload) -> JSONResponse:
+    """Signature, form, file, record, queue: each durable before the next. What is not recorded is collected."""
     task, address = summary.task.id, upload.close()
     digest = bundle.file_digest(upload.path)
-    _from_worker(summary, digest, signature)
+    asked = messages.Task.from_json(summary.task.document)
+    worker = signed_by(request, door, Action.PROVE, asked, digest)
+    if worker != summary.worker:
+        raise Problem(Code.PROOF_SIGNATURE, f"signed by {worker}, not by the committed worker {summary.worker}")
     door.store.check_proof(task, digest)
     bundle.read_proof(upload.path)
     door.blobs.place(upload, address)
-    try:
-        door.store.prove(task, digest, address, upload.size, door.clock())
-    except Conflict:
-        if not door.store.proof_is_kept(address):
-            door.blobs.drop(address)
-        raise
+    door.store.prove(task, digest, address, upload.size, door.clock())
     now = door.task(task)
     if now.verdict is None:
-        door.ask(task, now.task.attempts)
+        door.ask(now.task.model)
     return JSONResponse({"task": task, "proof": digest.hex(), "stage": now.task.stage}, 202)
-
-
-def _from_worker(summary: Summary, digest: bytes, signature: bytes) -> None:
-    asked = messages.Task.from_json(summary.task.document)
-    bound = bytes.fromhex(summary.commitment or "")
-    try:
-        uploader = recover_upload(asked.id(), bound, digest, asked.reward, signature)
-        if uploader != summary.worker:
-            raise Rejected(Reason.SIGNATURE, f"signed by {uploader}; the task's worker is {summary.worker}")
-    except Rejected as rejection:
-        raise Problem(Code.PROOF_SIGNATURE, rejection.detail) from rejection
 
 
 def _verdict(door: Door, task: str) -> Verdict:
     summary = door.task(task)
     found = door.store.verdict(task)
+    if found is None and summary.task.stage in (Stage.LAPSED, Stage.EXPIRED):
+        raise Problem(Code.TASK_EXPIRED, f"task {task} expired at {summary.task.deadline}: there is nothing to judge")
     if found is None:
         raise Problem(Code.VERDICT_PENDING, f"task {task} is {summary.task.stage}")
     return Verdict.from_json(found.document)
@@ -276,6 +336,9 @@ def _state(summary: Summary) -> dict[str, Any]:
         "stage": row.stage,
         "detail": row.detail,
         "created": row.created,
+        "changed": row.changed,
+        "tenant": row.tenant,
+        "assigned": row.worker,
         "task": row.document,
         "commitment": summary.commitment,
         "worker": summary.worker,

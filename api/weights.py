@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from api import schemas
+from api.caller import Registrar
 from api.door import Door, Here, receive
 from api.limits import limit_of
 from api.problems import Code, Problem
@@ -25,7 +26,7 @@ Digest = Annotated[str, Path(pattern=schemas.HEX64, description="BLAKE3 of the b
     responses={200: {"model": schemas.Weights, "description": "It was there before"}},
     openapi_extra=schemas.upload("A file of weights, in any format that external data of ONNX can point into."),
 )
-async def put(digest: Digest, request: Request, door: Here) -> JSONResponse:
+async def put(digest: Digest, request: Request, door: Here, _: Registrar) -> JSONResponse:
     """Upload weights. A model registered afterwards points to them by this digest."""
     with door.blobs.upload(limit_of("PUT", f"/v1/weights/{digest}")) as upload:
         await receive(request, upload)
@@ -33,9 +34,9 @@ async def put(digest: Digest, request: Request, door: Here) -> JSONResponse:
 
 
 @router.get("/{digest}", response_model=schemas.Weights)
-def show(digest: Digest, door: Here) -> JSONResponse:
-    """Whether this file was uploaded."""
-    path = door.blobs.find(digest)
+def show(digest: Digest, door: Here, _: Registrar) -> JSONResponse:
+    """Whether this file was uploaded. It stays for an hour at least; registering a model that names it keeps it."""
+    path = door.blobs.find(digest) if door.blobs.touch(digest) else None
     if path is None:
         raise Problem(Code.WEIGHTS_UNKNOWN, f"no weights {digest}")
     return JSONResponse(_state(digest, path.stat().st_size))
@@ -45,7 +46,7 @@ def _keep(door: Door, upload: Upload, digest: str) -> JSONResponse:
     address = upload.close()
     if address != digest:
         raise Malformed(f"these bytes have the digest {address}, not {digest}")
-    known = door.blobs.find(digest) is not None
+    known = door.blobs.touch(digest)
     if not known:
         door.blobs.place(upload, address)
     return JSONResponse(_state(digest, upload.size), 200 if known else 201)

@@ -15,7 +15,7 @@ from proof.eip712 import DOMAIN, KEY_BYTES, keccak
 from proof.errors import Malformed, Reason, Rejected
 from proof.messages import SIGNATURE_BYTES, Commitment, Json, Reward
 
-PASS, FAIL = 1, 2  # 0 is unset: never signed, never decoded
+PASS, FAIL, EXPIRED = 1, 2, 3  # 0 is unset: never signed, never decoded
 MAX_SCORE = 100
 PAYMENT_ATTESTATION = (
     "PaymentAttestation(bytes32 taskId,bytes32 nonce,bytes32 evidenceHash,bytes32 outputRoot,bytes32 modelId,"
@@ -23,7 +23,6 @@ PAYMENT_ATTESTATION = (
     "uint8 verdict,uint8 score,uint16 soundnessBits,uint64 issuedAt,uint64 notBefore,uint64 expiresAt)"
 )
 WORK_COMMITMENT = "WorkCommitment(bytes32 taskId,bytes32 modelId,bytes32 root)"
-PROOF_UPLOAD = "ProofUpload(bytes32 taskId,bytes32 commitment,bytes32 proof)"
 
 _ARRAY_OFFSET = 96  # where abi.encode puts an array behind two static values and itself
 _KEY = re.compile(r"(?:0x)?([0-9a-fA-F]{64})\s*")
@@ -47,7 +46,7 @@ class PaymentAttestation:
     payee: str
     token: str
     amount: int
-    verdict: int  # PASS or FAIL
+    verdict: int  # PASS, FAIL, or EXPIRED: the deadline passed, and nothing was checked
     score: int  # 0 to 100
     soundness_bits: int
     issued_at: int  # Unix seconds, like the next two
@@ -59,7 +58,11 @@ class PaymentAttestation:
 
     def digest(self) -> bytes:
         """What is signed; also the attestation's uid."""
-        return eip712.digest(self.struct_hash(), self.chain_id, self.contract)
+        return eip712.keccak(self.preimage())
+
+    def preimage(self) -> bytes:
+        """What a signer hashes itself with Keccak-256."""
+        return eip712.preimage(self.struct_hash(), self.chain_id, self.contract)
 
     def to_json(self) -> Json:
         """Domain and message as tools for EIP-712 take them."""
@@ -85,8 +88,8 @@ class PaymentAttestation:
         for (kind, member), item in zip(members, given, strict=True):
             values.append(_value(kind, item, f"{at}.message.{member}"))
         result = cls(**dict(zip((entry.name for entry in fields(cls)), values, strict=True)))
-        if result.verdict not in (PASS, FAIL):
-            raise Malformed(f"{at}.message.verdict: neither {PASS} nor {FAIL}")
+        if result.verdict not in (PASS, FAIL, EXPIRED):
+            raise Malformed(f"{at}.message.verdict: none of {PASS}, {FAIL} and {EXPIRED}")
         if result.score > MAX_SCORE:
             raise Malformed(f"{at}.message.score: more than {MAX_SCORE}")
         return result
@@ -150,16 +153,6 @@ def verify_commitment_signature(commitment: Commitment, reward: Reward) -> None:
     _match(_work(commitment, reward), commitment.signature, commitment.worker)
 
 
-def sign_upload(task: bytes, commitment: bytes, proof: bytes, reward: Reward, private_key: bytes) -> bytes:
-    """The worker's signature on the digest `proof` of a file, for the commitment of this digest."""
-    return eip712.sign(_upload(task, commitment, proof, reward), private_key)
-
-
-def recover_upload(task: bytes, commitment: bytes, proof: bytes, reward: Reward, signature: bytes) -> str:
-    """The address that signed the upload. Raises Rejected for what is no signature."""
-    return eip712.recover(_upload(task, commitment, proof, reward), signature)
-
-
 def committee_id(addresses: Iterable[str], threshold: int, epoch: int) -> bytes:
     """keccak256(abi.encode(uint64 epoch, uint16 threshold, address[] members)), members ascending."""
     listed = sorted(address.lower() for address in addresses)
@@ -174,11 +167,6 @@ def _work(commitment: Commitment, reward: Reward) -> bytes:
         raise ValueError("a commitment to no task is not signed")
     values = (commitment.task, commitment.model, commitment.root())
     return eip712.digest(eip712.struct_hash(WORK_COMMITMENT, values), reward.chain_id, reward.contract)
-
-
-def _upload(task: bytes, commitment: bytes, proof: bytes, reward: Reward) -> bytes:
-    struct = eip712.struct_hash(PROOF_UPLOAD, (task, commitment, proof))
-    return eip712.digest(struct, reward.chain_id, reward.contract)
 
 
 def _match(digest: bytes, signature: bytes, signer: str) -> None:

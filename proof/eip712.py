@@ -54,8 +54,13 @@ def struct_hash(declaration: str, values: Iterable[Any]) -> bytes:
 
 def digest(struct: bytes, chain_id: int, contract: str) -> bytes:
     """What is signed: a struct's hash in the domain of one chain and contract."""
+    return keccak(preimage(struct, chain_id, contract))
+
+
+def preimage(struct: bytes, chain_id: int, contract: str) -> bytes:
+    """What is hashed to what is signed."""
     domain = struct_hash(_DOMAIN_TYPE, (DOMAIN["name"], DOMAIN["version"], chain_id, contract))
-    return keccak(b"\x19\x01" + domain + struct)
+    return b"\x19\x01" + domain + struct
 
 
 def address_of(private_key: bytes) -> str:

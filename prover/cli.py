@@ -202,7 +202,7 @@ def take(
     model: ModelFile,
     task: Annotated[str, typer.Argument(metavar="TASK", help="The task's id, 64 hex digits.")],
     key: Annotated[Path, typer.Option(help="File with the worker's key, 64 hex digits; its address is paid.")],
-    url: Annotated[str, typer.Option(help="The verification service.")] = "http://127.0.0.1:8420",
+    url: Annotated[str, typer.Option(envvar="ASSAY_URL", help="The verification service.")] = "http://127.0.0.1:8420",
     threads: Threads = 0,
     attention: Attention = "sdpa",
     as_json: Json = False,
@@ -212,9 +212,9 @@ def take(
     from prover.sidecar import serve
 
     opened = Model.open(model)
-    with Client(url) as client, err.status("at work"):
+    with Client(url, worker=read_key(key)) as client, err.status("at work"):
         engine = _engine(model, opened, threads, attention)
-        served = serve(client, octets(task, "TASK", 32), opened, engine.run, read_key(key))
+        served = serve(client, octets(task, "TASK", 32), opened, engine.run)
     verdict = served.verdict
     reason = verdict.reason and str(verdict.reason)
     told: dict[str, object] = {"verdict": verdict.verdict, "reason": reason, "detail": verdict.detail}

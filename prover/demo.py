@@ -76,7 +76,8 @@ class Texts(Stage):
         asked = self.client.task(task)
         committed = prove.commit(self.model, self.honest(self.inputs), asked)
         signed = sign_commitment(committed.commitment, REWARD, key)
-        challenge = self.client.commit(task, signed)
+        with self.worker(key) as client:
+            challenge = client.commit(task, signed, REWARD)
         if seed is not None:
             challenge = Challenge(challenge.commitment, challenge.policy, seed)
         return committed, prove.answer(committed, signed, challenge, asked)
@@ -130,21 +131,22 @@ def _replay(stage: Texts, key: bytes) -> Row:
     row = stage.row("replayer", "uploads the proof of an earlier task")
     earlier, task = stage.post(), stage.post()
     _, old = stage.answer(earlier, key)
-    committed, _ = stage.answer(task, key)
-    return _uploaded(stage, task, key, old, committed, row)
+    stage.answer(task, key)
+    return _uploaded(stage, task, key, old, row)
 
 
 def _other_rows(stage: Texts, key: bytes) -> Row:
     row = stage.row("chooser", "opens rows of its own choice")
     task = stage.post()
-    committed, proof = stage.answer(task, key, seed=bytes(32))
-    return _uploaded(stage, task, key, proof, committed, row)
+    _, proof = stage.answer(task, key, seed=bytes(32))
+    return _uploaded(stage, task, key, proof, row)
 
 
-def _uploaded(stage: Texts, task: bytes, key: bytes, proof: Any, committed: prove.Committed, row: Row) -> Row:
+def _uploaded(stage: Texts, task: bytes, key: bytes, proof: Any, row: Row) -> Row:
     path = stage.folder / "upload.safetensors"
     bundle.write_proof(path, proof)
-    stage.client.upload(task, path, committed.commitment.digest(), REWARD, key)
+    with stage.worker(key) as client:
+        client.upload(task, path, REWARD)
     size = path.stat().st_size
     path.unlink()
     return stage.judged(task, replace(row, proof_bytes=size))
@@ -157,7 +159,8 @@ def _second_commitment(stage: Texts, key: bytes) -> Row:
     lie = cheats.bent(dict(stage.honest(stage.inputs)), "linear_15", np.zeros_like)
     again = prove.commit(stage.model, lie, stage.client.task(task)).commitment
     try:
-        stage.client.commit(task, sign_commitment(again, REWARD, key))
+        with stage.worker(key) as client:
+            client.commit(task, sign_commitment(again, REWARD, key), REWARD)
     except Conflict as failure:
         return replace(row, verdict="refused", reason=str(failure).partition(":")[0])
     return row
@@ -166,11 +169,12 @@ def _second_commitment(stage: Texts, key: bytes) -> Row:
 def _thief(stage: Texts, key: bytes) -> Row:
     row = stage.row("thief", "uploads a proof for the commitment of another")
     task = stage.post()
-    committed, proof = stage.answer(task, key)
+    _, proof = stage.answer(task, key)
     path = stage.folder / "upload.safetensors"
     bundle.write_proof(path, proof)
     try:
-        stage.client.upload(task, path, committed.commitment.digest(), REWARD, secrets.token_bytes(32))
+        with stage.worker(secrets.token_bytes(32)) as client:
+            client.upload(task, path, REWARD)
     except Malformed as failure:
         return replace(row, verdict="refused", reason=str(failure).partition(":")[0])
     finally:
@@ -204,8 +208,7 @@ def run(folder: Path, console: Console) -> dict[str, Any]:
     path = sentences.model_path()
     with (
         console.status("starting the service") as status,
-        service(emptied(folder) / "service") as url,
-        Client(url) as client,
+        service(emptied(folder) / "service") as client,
     ):
         status.update("registering all-MiniLM-L6-v2")
         client.register(path)

@@ -120,7 +120,7 @@ def run(folder: Path, console: Console) -> dict[str, Any]:
         path = smollm2.folder(folder / "smollm2")
         asked, inputs, kept = scene(path), request(path), profile()
         status.update("starting the service")
-        with service(bundles / "service") as url, Client(url) as client:
+        with service(bundles / "service") as client:
             status.update("registering the model and its weights")
             client.register(path / "model.onnx")
             status.update("the honest worker at work")

@@ -27,10 +27,8 @@ class Served:
     verdict: Verdict
 
 
-def serve(
-    client: Client, task: bytes, model: Model, engine: Callable[[Mapping[str, Array]], Recorded], key: bytes
-) -> Served:
-    """Run, commit, answer the challenge, upload, and wait for the verdict. `key` is the worker's private key.
+def serve(client: Client, task: bytes, model: Model, engine: Callable[[Mapping[str, Array]], Recorded]) -> Served:
+    """Run, commit, answer the challenge, upload, and wait for the verdict; the client is the worker's own.
 
     Raises Conflict when the task is taken or over, Unavailable when the service does not answer.
     """
@@ -38,9 +36,9 @@ def serve(
         terms = client.task(task)
         inputs = client.inputs(task, Path(folder))
         committed = prove.commit(model, engine(inputs), terms)
-        signed = sign_commitment(committed.commitment, terms.reward, key)
-        challenge = client.commit(task, signed)
+        signed = sign_commitment(committed.commitment, terms.reward, client.key)
+        challenge = client.commit(task, signed, terms.reward)
         path = Path(folder) / "proof.safetensors"
         bundle.write_proof(path, prove.answer(committed, signed, challenge, terms))
-        client.upload(task, path, signed.digest(), terms.reward, key)
+        client.upload(task, path, terms.reward)
         return Served(path.stat().st_size, client.verdict(task))

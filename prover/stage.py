@@ -1,5 +1,6 @@
 """A stage for workers: one real service over HTTP, a task for each of them, and a table of who was paid."""
 
+import json
 import os
 import secrets
 import shutil
@@ -79,7 +80,11 @@ class Stage:
         """A protocol posts a new task."""
         deadline = int(time.time()) + DEADLINE
         wanted = terms(self.model.id, self.policy, REWARD, PAYER, deadline, secrets.token_bytes(32))
-        return self.client.post(wanted, self.inputs)
+        return self.client.ask(wanted, self.inputs)
+
+    def worker(self, key: bytes) -> Client:
+        """The service as the worker with this key calls it; to be closed."""
+        return Client(self.client.origin, worker=key)
 
     def judged(self, task: bytes, row: Row) -> Row:
         """The row with the verdict in it; the bundle is kept under the worker's name."""
@@ -91,7 +96,7 @@ class Stage:
             verdict=verdict.verdict,
             reason=str(verdict.reason) if verdict.reason else None,
             node=verdict.node,
-            check_seconds=self.client.check_seconds(task),
+            check_seconds=self.client.state(task).check_seconds,
         )
 
     def bundle(self, worker: str) -> Path:
@@ -129,7 +134,8 @@ def computing(worker: str, did: str, engine: Callable[[Set], Engine]) -> Attempt
 
     def attempt(stage: Set, key: bytes) -> Row:
         task = stage.post()
-        served = serve(stage.client, task, stage.model, engine(stage), key)
+        with stage.worker(key) as client:
+            served = serve(client, task, stage.model, engine(stage))
         return stage.judged(task, replace(stage.row(worker, did), proof_bytes=served.proof_bytes))
 
     return attempt
@@ -196,24 +202,34 @@ def show_traces(told: Mapping[str, Any], console: Console) -> None:
 
 
 @contextmanager
-def service(data: Path) -> Iterator[str]:
-    """`assay serve` on a free loopback port, stopped on the way out."""
+def service(data: Path) -> Iterator[Client]:
+    """`assay serve` on a free loopback port, as a protocol calls it; stopped on the way out."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    data.mkdir(parents=True)
+    key = _prepared(data)
     with (data / "log").open("wb") as log:
         command = [sys.executable, "-m", "assay", "serve", "--data", str(data), "--port", str(port)]
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=os.environ.copy())
         try:
             _await(process, f"http://127.0.0.1:{port}", data / "log")
-            yield f"http://127.0.0.1:{port}"
+            with Client(f"http://127.0.0.1:{port}", key=key) as client:
+                yield client
         finally:
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(STOP)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _prepared(data: Path) -> str:
+    """The API key of a fresh record."""
+    command = [sys.executable, "-m", "assay", "init", "--data", str(data), "--json"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        raise Unavailable(f"the record cannot be prepared: {done.stderr.decode(errors='replace').strip()}")
+    return str(json.loads(done.stdout)["api_key"])
 
 
 def _await(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:

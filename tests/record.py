@@ -7,14 +7,15 @@ from pathlib import Path
 import world
 
 from proof import bundle
-from proof.attestation import sign_commitment, sign_upload
+from proof.attestation import sign_commitment
 from proof.bundle import Proof
 from proof.messages import Challenge, Commitment
 from prover import prove
+from verifier import release
 from verifier.blobs import Blobs
+from verifier.database import Database
 from verifier.jobs import Bench
 from verifier.library import Library
-from verifier.release import Signer
 from verifier.settings import Settings
 from verifier.store import Store
 from verifier.tables import ModelRow
@@ -45,11 +46,6 @@ class Work:
     def proof(self, challenge: Challenge) -> Proof:
         return prove.answer(self.committed, self.signed, challenge, self.asked.task)
 
-    def signature(self, path: Path, key: bytes = world.WORKER) -> str:
-        task = self.asked.task
-        digest = bundle.file_digest(path)
-        return "0x" + sign_upload(task.id(), self.signed.digest(), digest, task.reward, key).hex()
-
 
 def work(bend=None) -> Work:
     """A fresh task; `bend` changes the trace before it is committed."""
@@ -59,21 +55,39 @@ def work(bend=None) -> Work:
     return Work(asked, committed, sign_commitment(committed.commitment, asked.task.reward, asked.key))
 
 
+TENANT = "acme"
+KEY = "7c" * 32  # of the attester; files of keys are tested elsewhere
+
+
 @dataclass
 class Record:
     root: Path
+    url: str | None = None  # of the database; None: SQLite in the folder
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        self.settings = Settings.from_env({}, self.root)
-        self.blobs, self.store = Blobs(self.root / "blobs"), Store(self.settings.database)
-        self.store.create()
+        key = self.root / "attester.key"
+        key.write_text(KEY)
+        key.chmod(0o600)
+        self.settings = replace(Settings.from_env({}, self.root), key=key, origins=("http://testserver",))
+        self.database = Database(self.url or self.settings.database)
+        self.database.migrate()
+        self.blobs, self.store = Blobs(self.root / "blobs"), Store(self.database)
         self.library = Library(self.store, self.blobs)
-        self.signer = Signer.create(self.settings.default_key)
+        self.signer = release.signer_from(self.settings)
 
     def bench(self, **changes) -> Bench:
         settings = replace(self.settings, **changes)
         return Bench(self.store, self.blobs, self.library, self.signer, settings, self.clock)
+
+    def judge(self, **changes) -> None:
+        """Have a worker process judge what is due now."""
+        bench = self.bench(**changes)
+        while due := self.store.due(self.clock()):
+            bench.judge(due[0])
+
+    def close(self) -> None:
+        self.database.close()
 
     def keep(self, data: bytes) -> str:
         path = self.blobs.scratch()
@@ -89,7 +103,7 @@ class Record:
 
     def post(self, done: Work) -> str:
         self.register()
-        self.store.add_task(done.asked.task, self.keep(b"inputs"), self.clock())
+        self.store.add_task(done.asked.task, self.keep(b"inputs"), self.clock(), TENANT)
         return done.id
 
     def check(self, done: Work, bend=lambda proof: proof) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blake3 import blake3
@@ -16,6 +16,8 @@ from blake3 import blake3
 from proof.errors import Malformed, Unavailable
 
 ADDRESS = re.compile("[0-9a-f]{64}")
+ASIDE = ".aside"
+PREFIX = 2  # characters of an address that name its folder
 
 
 class TooLarge(Malformed):
@@ -49,8 +51,13 @@ class Upload:
         except OSError as error:
             raise Unavailable(f"cannot store the upload: {error.strerror}") from error
         finally:
-            self._file.close()
+            self.abandon()
         return self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        """Let go of the file; a disk that does not take what is left was told of before."""
+        with suppress(OSError):
+            self._file.close()
 
 
 class Blobs:
@@ -64,19 +71,35 @@ class Blobs:
         try:
             yield upload
         finally:
-            upload._file.close()
+            upload.abandon()
             upload.path.unlink(missing_ok=True)
 
     def scratch(self) -> Path:
         """A fresh name for a file that its maker removes or hands to `adopt`."""
         return self._partial / secrets.token_hex(16)
 
+    @contextmanager
+    def making(self) -> Iterator[Path]:
+        """A fresh name for a file that is to be written; gone if that fails. A full disk is Unavailable."""
+        path = self.scratch()
+        try:
+            with _storing():
+                yield path
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
     def place(self, upload: Upload, address: str) -> str:
         """Keep a closed upload under its address."""
-        return self._place(upload.path, address)
+        with _storing():
+            return self._place(upload.path, address)
 
     def adopt(self, path: Path) -> str:
-        """Take over a finished file under `scratch`."""
+        """Take over a finished file under `scratch`, or `making`."""
+        with _storing():
+            return self._adopt(path)
+
+    def _adopt(self, path: Path) -> str:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fchmod(descriptor, 0o600)
@@ -97,6 +120,14 @@ class Blobs:
         found = self._path(address) if ADDRESS.fullmatch(address) else None
         return found if found and found.is_file() else None
 
+    def touch(self, address: str) -> bool:
+        """Whether it is here; if so it counts as written now, so that it is not collected before it is pointed to."""
+        try:
+            os.utime(self._path(address))
+        except FileNotFoundError:
+            return False
+        return True
+
     def check(self, address: str) -> Path:
         """The path, once its bytes are those of the address: a rotten disk must not speak against a worker."""
         found = self.path(address)
@@ -104,17 +135,44 @@ class Blobs:
             raise Unavailable(f"blob {address} is damaged")
         return found
 
-    def drop(self, address: str) -> None:
-        self._path(address).unlink(missing_ok=True)
+    def older(self, before: float, at_once: int) -> Iterator[list[str]]:
+        """Addresses of files last written before then, some at a time."""
+        found: list[str] = []
+        for folder in sorted(path for path in self.root.iterdir() if len(path.name) == PREFIX):
+            for path in sorted(folder.iterdir()):
+                if path.suffix == ASIDE and _written(path) < before:
+                    _put_back(path, path.with_suffix(""))  # who set it aside has died
+                elif ADDRESS.fullmatch(path.name) and _written(path) < before:
+                    found.append(path.name)
+                if len(found) == at_once:
+                    yield found
+                    found = []
+        if found:
+            yield found
+
+    @contextmanager
+    def aside(self, address: str, before: float) -> Iterator[Path | None]:
+        """A file under another name, to be removed or else put back; None if it was written since, or is gone."""
+        path = self._path(address)
+        aside = path.with_suffix(ASIDE)
+        try:
+            path.replace(aside)
+        except FileNotFoundError:
+            yield None
+            return
+        try:
+            yield aside if _written(aside) < before else None
+        finally:
+            _put_back(aside, path)
 
     def clear(self, before: float) -> None:
         """Remove partial files last touched before then: their writers are gone."""
         for path in self._partial.iterdir():
-            if path.stat().st_mtime < before:
+            if _written(path) < before:
                 path.unlink(missing_ok=True)
 
     def _path(self, address: str) -> Path:
-        return self.root / address[:2] / address
+        return self.root / address[:PREFIX] / address
 
     def _place(self, source: Path, address: str) -> str:
         target = self._path(address)
@@ -127,6 +185,28 @@ class Blobs:
             finally:
                 os.close(descriptor)
         return address
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(f"cannot store a file: {error.strerror}") from error
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    with suppress(FileExistsError, FileNotFoundError):  # it was uploaded anew, or removed
+        os.link(aside, path)
+    aside.unlink(missing_ok=True)
+
+
+def _written(path: Path) -> float:
+    """Never, for a file that is gone: who looks for old ones is not to find it."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
 
 
 def _address(path: Path) -> str:

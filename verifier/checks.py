@@ -3,6 +3,8 @@
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Protocol
 
 import numpy as np
 
@@ -10,7 +12,7 @@ from gpu import hashing
 from gpu.boundary import committed
 from gpu.clearing.stand import Stand
 from gpu.keys import Key
-from gpu.ops.call import Call, Measure, Op, Tensor
+from gpu.ops.call import Call, Measure, Op, RowIds, Tensor
 from gpu.plan import Model, Plan, registry_row
 from gpu.reach import Selection, own_fault
 from gpu.rounding import compare_closing, compare_interval
@@ -24,6 +26,28 @@ from proof.policy import Policy
 from proof.sampling import Draw
 
 Recorded = tuple[Commitment, Challenge]
+_NO_ROWS = np.zeros(0, np.int64)
+
+
+class How(StrEnum):
+    """By what a node was seen to be right, or that it was not."""
+
+    CHECKED = "checked"  # by the check of its registry row
+    CLEARED = "cleared"  # by a device
+    KEYED = "keyed"  # by a secret key, without weights
+    DERIVED = "derived"  # it follows from model and shapes: there is nothing to claim
+    REPLAYED = "replayed"  # nobody committed to it: computed again for a later check
+    REFUSED = "refused"
+
+
+class Watch(Protocol):
+    """Sees a verification go by; nothing that it does comes into the verdict."""
+
+    def passed(self, step: str) -> None:
+        """This was done since the last call, for all nodes at once."""
+
+    def saw(self, node: Node, how: How, measure: Measure | None, rows: RowIds, of: int) -> None:
+        """A node was done: what its check measured (None: nothing), in which of how many rows of its first output."""
 
 
 @dataclass
@@ -157,6 +181,15 @@ class Means:
     seed: bytes
     key: Key | None = None
     stand: Stand | None = None
+    watch: Watch | None = None
+
+    def report(self, node: Node, how: How, measure: Measure | None, plan: Plan, chosen: Selection) -> None:
+        """Tell the watcher. Under a key no ratio is told: one honest residual is a linear equation in the secret."""
+        if self.watch is not None:
+            name = node.outputs[0]
+            rows = chosen.checked.get(name, chosen.replayed.get(name, _NO_ROWS))
+            told = replace(measure, ratio=np.nan) if measure and self.key else measure
+            self.watch.saw(node, how, told, rows, plan.specs[name].rows if name else 0)
 
 
 def nodes(proof: Proof, plan: Plan, chosen: Selection, means: Means, coverage: Coverage) -> None:
@@ -164,18 +197,33 @@ def nodes(proof: Proof, plan: Plan, chosen: Selection, means: Means, coverage: C
     tensors = _tensors(proof, plan, chosen)
     if means.stand is not None:
         _offer(plan, chosen, tensors, means, means.stand)
+        if means.watch is not None:
+            means.watch.passed("offers")
     for node in plan.nodes:
+        how, measure = How.DERIVED, None
         if not all(name in plan.derived for name in node.outputs if name):
             try:
-                if chosen.replayed.keys() & set(node.outputs):
-                    _replay(node, plan, chosen, tensors, means.rules)
-                else:
-                    cleared = means.stand and means.stand.cleared(node.index)
-                    measure = cleared or _node(node, plan, chosen, tensors, means)
-                    coverage.add(str(registry_row(node).family), measure)
+                how, measure = _one(node, plan, chosen, tensors, means)
             except Rejected as rejection:
+                means.report(node, How.REFUSED, None, plan, chosen)
                 raise Rejected(rejection.reason, f"{node}: {rejection.detail}", node.name) from rejection
+        if measure is not None:
+            coverage.add(str(registry_row(node).family), measure)
         coverage.nodes += 1
+        means.report(node, how, measure, plan, chosen)
+
+
+def _one(
+    node: Node, plan: Plan, chosen: Selection, tensors: dict[str, Tensor], means: Means
+) -> tuple[How, Measure | None]:
+    if chosen.replayed.keys() & set(node.outputs):
+        _replay(node, plan, chosen, tensors, means.rules)
+        return How.REPLAYED, None
+    cleared = means.stand and means.stand.cleared(node.index)
+    if cleared:
+        return How.CLEARED, cleared
+    how = How.KEYED if means.key and node.index in means.key.roles else How.CHECKED
+    return how, _node(node, plan, chosen, tensors, means)
 
 
 def _offer(plan: Plan, chosen: Selection, tensors: dict[str, Tensor], means: Means, stand: Stand) -> None:
@@ -200,8 +248,7 @@ def _tensors(proof: Proof, plan: Plan, chosen: Selection) -> dict[str, Tensor]:
 
 
 def _call(node: Node, plan: Plan, chosen: Selection, tensors: dict[str, Tensor], means: Means) -> Call:
-    none = np.zeros(0, np.int64)
-    rows = tuple(chosen.checked.get(name, none) for name in node.outputs)
+    rows = tuple(chosen.checked.get(name, _NO_ROWS) for name in node.outputs)
     claimed = tuple(
         tensors[name].take(chosen.checked[name]) if name in chosen.checked else np.zeros((0, 0), np.float32)
         for name in node.outputs

@@ -18,14 +18,17 @@ class Child:
         self._environ = dict(environ)
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ensure(self) -> None:
-        if self._process is None or self._process.poll() is not None:
+    def ensure(self) -> bool:
+        """Start it unless it runs; whether it had died."""
+        died = self._process is not None and self._process.poll() is not None
+        if self._process is None or died:
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 env=self._environ,
                 start_new_session=True,  # Ctrl-C is for the parent, who stops its children in order
             )
+        return died
 
     @property
     def pid(self) -> int | None:

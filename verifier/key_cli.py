@@ -1,4 +1,4 @@
-"""Commands of whoever verifies without weights: key make, key show, key reveal, key rebuild."""
+"""Commands on keys: the secret ones that stand for weights; API keys and the attester's have rooms of their own."""
 
 import time
 from collections.abc import Iterator
@@ -13,11 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gpu import keys as arrays
 from gpu.plan import Model
-from verifier import key_file, keys
+from verifier import api_key_cli, attester_cli, key_file, keys
 
 cli = typer.Typer()
 key_cli = typer.Typer(help="Secret keys, with which a proof is checked without the weights.", no_args_is_help=True)
 cli.add_typer(key_cli, name="key")
+key_cli.add_typer(api_key_cli.cli, name="api")
+key_cli.add_typer(attester_cli.cli, name="attester")
 
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL.onnx", exists=True, dir_okay=False)]
 KeyFile = Annotated[Path, typer.Argument(metavar="KEY.safetensors", exists=True, dir_okay=False)]

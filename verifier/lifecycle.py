@@ -1,7 +1,8 @@
 """The stages of a task, and the one table of what may follow what.
 
     posted -> challenged -> checking -> accepted | rejected -> attested
-    posted, challenged -> expired (the deadline passed)      checking -> stalled (ours: no verdict, nobody is punished)
+    posted, challenged -> lapsed (the deadline passed) -> expired (that is signed)
+    whatever waits for us -> stalled (a fault of ours: nobody is paid or punished) -> where it was, when asked to
 
 The store moves a task by compare-and-set on this table; nothing else writes a stage.
 """
@@ -21,7 +22,8 @@ class Stage(StrEnum):
     ACCEPTED = "accepted"
     REJECTED = "rejected"
     ATTESTED = "attested"  # the verdict, either way, is signed
-    EXPIRED = "expired"
+    LAPSED = "lapsed"
+    EXPIRED = "expired"  # that the deadline passed without a proof is signed
     STALLED = "stalled"
 
 
@@ -31,8 +33,13 @@ class Event(StrEnum):
     ACCEPT = "accept"
     REJECT = "reject"
     ATTEST = "attest"
+    LAPSE = "lapse"
     EXPIRE = "expire"
     STALL = "stall"
+    RETRY_CHECK = "retry_check"
+    RETRY_ACCEPTED = "retry_accepted"
+    RETRY_REJECTED = "retry_rejected"
+    RETRY_LAPSED = "retry_lapsed"
 
 
 class Transition(NamedTuple):
@@ -40,21 +47,24 @@ class Transition(NamedTuple):
     target: Stage
 
 
+DUE = (Stage.CHECKING, Stage.ACCEPTED, Stage.REJECTED, Stage.LAPSED)  # a worker process has something left to do
+FINAL = (Stage.ATTESTED, Stage.EXPIRED, Stage.STALLED)
+
 TRANSITIONS = {
     Event.COMMIT: Transition((Stage.POSTED,), Stage.CHALLENGED),
     Event.PROVE: Transition((Stage.CHALLENGED,), Stage.CHECKING),
     Event.ACCEPT: Transition((Stage.CHECKING,), Stage.ACCEPTED),
     Event.REJECT: Transition((Stage.CHECKING,), Stage.REJECTED),
     Event.ATTEST: Transition((Stage.ACCEPTED, Stage.REJECTED), Stage.ATTESTED),
-    Event.EXPIRE: Transition((Stage.POSTED, Stage.CHALLENGED), Stage.EXPIRED),
-    Event.STALL: Transition((Stage.CHECKING,), Stage.STALLED),
+    Event.LAPSE: Transition((Stage.POSTED, Stage.CHALLENGED), Stage.LAPSED),
+    Event.EXPIRE: Transition((Stage.LAPSED,), Stage.EXPIRED),
+    Event.STALL: Transition(DUE, Stage.STALLED),
+    Event.RETRY_CHECK: Transition((Stage.STALLED,), Stage.CHECKING),
+    Event.RETRY_ACCEPTED: Transition((Stage.STALLED,), Stage.ACCEPTED),
+    Event.RETRY_REJECTED: Transition((Stage.STALLED,), Stage.REJECTED),
+    Event.RETRY_LAPSED: Transition((Stage.STALLED,), Stage.LAPSED),
 }
-DUE = (Stage.CHECKING, Stage.ACCEPTED, Stage.REJECTED)  # a worker process has something left to do
 
 
 class Expired(Conflict):
     """The deadline passed before this message came."""
-
-
-class LostLease(Conflict):
-    """Another worker process has taken the task over."""

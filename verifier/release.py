@@ -4,110 +4,132 @@ Order, each step durable before the next: verdict, protection row, signature, at
 runs the same path again and signs the same bytes.
 """
 
-import os
 import secrets
-import stat
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
+from typing import Protocol
 
-from proof import attestation, merkle
-from proof.attestation import FAIL, PASS, PaymentAttestation, SignedAttestation
-from proof.digest import canonical
-from proof.eip712 import KEY_BYTES
-from proof.errors import Malformed
+from proof import attestation, eip712, merkle
+from proof.attestation import EXPIRED, FAIL, PASS, PaymentAttestation, SignedAttestation
+from proof.digest import DIGEST_BYTES, canonical
+from proof.errors import Conflict, Malformed
 from proof.messages import Challenge, Commitment, Task, Verdict
 from proof.policy import policy
-from verifier.store import Judged, Store
+from verifier import keystore
+from verifier.remote_signer import RemoteSigner
+from verifier.settings import Settings
+from verifier.store import Outcome, Store
 
 FULL_SCORE = 100
 EPOCH = 0
+NOBODY = "0x" + "00" * 20  # the payee of a task that no worker committed to
+NOTHING = bytes(DIGEST_BYTES)
+
+
+class Signer(Protocol):
+    """Signs as one address; a committee of one."""
+
+    @property
+    def address(self) -> str: ...
+
+    def sign(self, preimage: bytes) -> bytes:
+        """The signature of keccak256(preimage). Raises Unavailable when it cannot be had just now."""
 
 
 @dataclass(frozen=True)
-class Signer:
-    """A committee of one."""
+class LocalSigner:
+    """A key in this process."""
 
     address: str
     _key: bytes = field(repr=False)
 
-    @classmethod
-    def open(cls, path: Path) -> "Signer":
-        """Raises Malformed for a file that others can read, or that holds no key."""
-        if not path.is_file():
-            raise Malformed(f"{path}: there is no attestation key; name its file in ASSAY_KEY_FILE")
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise Malformed(f"{path}: others can read the key; set its mode to 0600")
+    def sign(self, preimage: bytes) -> bytes:
+        return eip712.sign(eip712.keccak(preimage), self._key)
+
+
+def signer_from(settings: Settings) -> Signer:
+    """What signs here, by the settings: a remote signer, or a file with the key. Raises Malformed saying what to do."""
+    if settings.signer_url:
+        return RemoteSigner(settings.signer_url, settings.signer_address or "", settings.signer_token)
+    path = settings.key or settings.default_key
+    if keystore.read_private(path).lstrip()[:1] != b"{":
         key = attestation.read_key(path)
-        return cls(attestation.key_address(key), key)
-
-    @classmethod
-    def create(cls, path: Path) -> "Signer":
-        """Open the key, made first where there is none yet."""
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not path.exists():
-            partial = path.with_name(f".{secrets.token_hex(8)}")
-            descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_hex(KEY_BYTES))
-                file.flush()
-                os.fsync(descriptor)
-            try:
-                os.link(partial, path)  # the first of two that start together wins
-            except FileExistsError:
-                pass
-            finally:
-                partial.unlink()
-        return cls.open(path)
-
-    @property
-    def committee(self) -> bytes:
-        return attestation.committee_id([self.address], threshold=1, epoch=EPOCH)
-
-    def attest(self, store: Store, task: str, validity: int, now: float) -> SignedAttestation:
-        """Sign the stored verdict of a task. Raises Conflict, and signs nothing, if another one was signed."""
-        statement = self.statement(store.judged(task), validity)
-        protected = store.protect(statement, now)
-        signed = attestation.sign(protected, self._key)
-        store.attest(signed, now)
-        return signed
-
-    def statement(self, judged: Judged, validity: int) -> PaymentAttestation:
-        """What a verdict is worth: the reward to its worker, or nothing. A function of the record alone."""
-        task, verdict = judged.task, judged.verdict
-        accepted = verdict.verdict == "accepted"
-        rules, issued = policy(task.policy), int(judged.at)
-        return PaymentAttestation(
-            chain_id=task.reward.chain_id,
-            contract=task.reward.contract,
-            task_id=task.id(),
-            nonce=task.nonce,
-            evidence_hash=evidence_hash(task, judged.commitment, judged.challenge, verdict),
-            output_root=output_root(judged.commitment, judged.outputs),
-            model_id=task.model,
-            policy_hash=rules.hash(),
-            committee_id=self.committee,
-            ref_uid=bytes(32),
-            payer=task.payer,
-            payee=judged.commitment.worker or "",
-            token=task.reward.token,
-            amount=task.reward.amount if accepted else 0,
-            verdict=PASS if accepted else FAIL,
-            score=FULL_SCORE if accepted else 0,
-            soundness_bits=rules.soundness_bits if accepted else 0,
-            issued_at=issued,
-            not_before=issued,
-            expires_at=issued + validity,
-        )
+    else:
+        key = keystore.open_key(path, password(settings))
+    return LocalSigner(attestation.key_address(key), key)
 
 
-def evidence_hash(task: Task, commitment: Commitment, challenge: Challenge, verdict: Verdict) -> bytes:
+def create(settings: Settings) -> None:
+    """Make the default key, encrypted under a password, which is made too, unless they are there."""
+    if not settings.default_key.exists():
+        keystore.create(settings.default_key, password(settings))
+
+
+def committee(signer: Signer) -> bytes:
+    return attestation.committee_id([signer.address], threshold=1, epoch=EPOCH)
+
+
+def attest(
+    store: Store, signer: Signer, tasks: Sequence[str], validity: int, now: float
+) -> Mapping[str, SignedAttestation | Conflict]:
+    """Sign what became of tasks that are judged or lapsed, `validity` seconds long.
+
+    For a task of which something else was signed before, nothing is signed: its Conflict is returned. Raises
+    Unavailable when a store or the signer does not answer; the next attempt signs what is protected by then.
+    """
+    outcomes = store.outcomes(tasks)
+    statements = {task: statement(outcomes[task], signer, validity) for task in tasks}
+    protected = dict(zip(statements, store.protect(list(statements.values()), now), strict=True))
+    signed = {
+        task: said
+        if isinstance(said, Conflict)
+        else SignedAttestation(said, signer.address, signer.sign(said.preimage()))
+        for task, said in protected.items()
+    }
+    store.attest([one for one in signed.values() if isinstance(one, SignedAttestation)], now)
+    return signed
+
+
+def statement(outcome: Outcome, signer: Signer, validity: int) -> PaymentAttestation:
+    """What an outcome is worth: the reward to its worker, or nothing. A function of the record alone."""
+    task, verdict, bound = outcome.task, outcome.verdict, outcome.commitment
+    accepted = verdict is not None and verdict.verdict == "accepted"
+    rules, issued = policy(task.policy), int(outcome.at)
+    return PaymentAttestation(
+        chain_id=task.reward.chain_id,
+        contract=task.reward.contract,
+        task_id=task.id(),
+        nonce=task.nonce,
+        evidence_hash=evidence_hash(task, bound, outcome.challenge, verdict),
+        output_root=output_root(bound, outcome.outputs) if verdict and bound else NOTHING,
+        model_id=task.model,
+        policy_hash=rules.hash(),
+        committee_id=committee(signer),
+        ref_uid=NOTHING,
+        payer=task.payer,
+        payee=bound.worker if bound and bound.worker else NOBODY,
+        token=task.reward.token,
+        amount=task.reward.amount if accepted else 0,
+        verdict=PASS if accepted else FAIL if verdict else EXPIRED,
+        score=FULL_SCORE if accepted else 0,
+        soundness_bits=rules.soundness_bits if accepted else 0,
+        issued_at=issued,
+        not_before=issued,
+        expires_at=issued + validity,
+    )
+
+
+def evidence_hash(
+    task: Task, commitment: Commitment | None, challenge: Challenge | None, verdict: Verdict | None
+) -> bytes:
     """SHA-256 of the canonical JSON of everything that led to the verdict; a bundle holds all of it."""
     evidence = {
         "task": task.to_json(),
-        "commitment": commitment.digest().hex(),
-        "challenge": challenge.to_json(),
-        "verdict": verdict.to_json(),
+        "commitment": commitment and commitment.digest().hex(),
+        "challenge": challenge and challenge.to_json(),
+        "verdict": verdict and verdict.to_json(),
     }
     return sha256(canonical(evidence)).digest()
 
@@ -117,3 +139,15 @@ def output_root(commitment: Commitment, outputs: tuple[str, ...]) -> bytes:
     claims = {claim.name: claim for claim in commitment.tensors}
     digests = [claims[name].digest() for name in outputs if name in claims]
     return merkle.root_hash(merkle.build(merkle.BLAKE3, digests))
+
+
+def password(settings: Settings) -> bytes:
+    """The keystore's password: the file that the settings name, or a random one beside the default key."""
+    path = settings.key_password or settings.default_password
+    if settings.key_password is None:
+        with suppress(FileExistsError):
+            keystore.write_private(path, secrets.token_hex(keystore.PASSWORD_BYTES).encode())
+    found = keystore.read_private(path).rstrip(b"\r\n")
+    if not found:
+        raise Malformed(f"{path}: it holds no password")
+    return found

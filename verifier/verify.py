@@ -14,7 +14,7 @@ from proof.policy import policy
 from verifier import checks
 
 
-def verify(
+def verify(  # noqa: PLR0913  # everything that a verification depends on
     proof: Proof,
     model: Model,
     seed: bytes,
@@ -23,13 +23,14 @@ def verify(
     recorded: checks.Recorded | None = None,
     key: Key | None = None,
     shelf: Shelf | None = None,
+    watch: checks.Watch | None = None,
 ) -> Verdict:
     """Decide whether `proof` shows a run of `model`. Reads and writes nothing else.
 
     `task` and `recorded` are the verifier's own word on what was asked and committed to; where there is no record, as
     in a file checked offline, the proof is held to what it says of itself. `seed` (32 bytes) must have been drawn after
     the proof was fixed. With a `key`, whose model is `model`, products are checked by it and without weights. With a
-    `shelf`, its device clears what it can; the verdict is the same.
+    `shelf`, its device clears what it can; the verdict is the same. `watch` is shown every node as it is done.
 
     Returns a verdict either way. Raises Malformed for a policy that is not known, or that a key is no help with; lets
     Unavailable through: a fault of ours is no verdict.
@@ -53,8 +54,10 @@ def verify(
         checks.openings(proof, plan, chosen, stand)
         # 5 ---- ends: inputs are the task's; what follows from shapes alone is what we compute
         checks.ends(proof, plan, task)
+        if watch is not None:
+            watch.passed("openings")
         # 6 ---- nodes: every node of the graph, by the check of its registry row
-        checks.nodes(proof, plan, chosen, checks.Means(rules, seed, key, stand), coverage)
+        checks.nodes(proof, plan, chosen, checks.Means(rules, seed, key, stand, watch), coverage)
     except Rejected as failure:
         rejection = failure
     return Verdict(

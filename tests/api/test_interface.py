@@ -1,12 +1,15 @@
 """What is published: codes in the README, and an OpenAPI document that shows every request and answer."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from api import schemas
 from api.problems import KINDS, Code
 
+OPENAPI = Path(__file__).parents[2] / "api" / "openapi.json"
 README = Path(__file__).parents[2] / "api" / "README.md"
 ROUTES = {
     ("put", "/v1/weights/{digest}"),
@@ -14,6 +17,7 @@ ROUTES = {
     ("post", "/v1/models"),
     ("get", "/v1/models/{model}"),
     ("post", "/v1/tasks"),
+    ("post", "/v1/tasks:batch"),
     ("get", "/v1/tasks"),
     ("get", "/v1/tasks/{task}"),
     ("get", "/v1/tasks/{task}/inputs"),
@@ -24,10 +28,16 @@ ROUTES = {
     ("get", "/v1/tasks/{task}/outputs"),
     ("get", "/v1/tasks/{task}/bundle"),
     ("get", "/v1/attestations/{uid}"),
+    ("get", "/v1/events"),
+    ("post", "/v1/webhooks"),
+    ("get", "/v1/webhooks"),
+    ("delete", "/v1/webhooks/{webhook}"),
+    ("get", "/v1/webhooks/{webhook}/deliveries"),
+    ("post", "/v1/webhooks/{webhook}/deliveries/{delivery}/replay"),
     ("get", "/livez"),
     ("get", "/readyz"),
     ("get", "/metrics"),
-    ("get", "/"),
+    ("get", "/.well-known/assay.json"),
 }
 
 
@@ -72,5 +82,12 @@ def test_alive_and_ready_are_different_questions(api):
     assert [check["name"] for check in answer.json()["checks"] if not check["ok"]] == ["workers"]
 
 
-def test_the_index_names_the_signer(api, record):
-    assert api.get("/").json()["signer"] == record.signer.address
+def test_a_stranger_learns_who_signs_and_what_the_limits_are(anonymous, record):
+    about = schemas.About.model_validate_json(anonymous.get("/.well-known/assay.json").content)
+    assert about.signer == record.signer.address
+    assert about.origins == list(record.settings.origins)
+
+
+def test_the_document_that_is_checked_in_is_the_one_that_is_served(openapi):
+    kept = json.loads(OPENAPI.read_text())
+    assert kept == openapi, "make openapi"

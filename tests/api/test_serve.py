@@ -1,5 +1,6 @@
 """`assay serve` as a stranger meets it: one command, real HTTP, a real worker process, and nothing left running."""
 
+import json
 import os
 import re
 import secrets
@@ -14,7 +15,7 @@ import pytest
 import world
 
 from proof import attestation
-from proof.errors import Conflict
+from proof.errors import Malformed
 from prover import sidecar
 from prover.client import Client, terms
 
@@ -22,8 +23,15 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 30.0
 
 
+def prepared(data):
+    """The API key of a fresh record."""
+    command = [sys.executable, "-m", "assay", "init", "--data", str(data), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    return json.loads(done.stdout)["api_key"]
+
+
 def started(data, *options):
-    command = [sys.executable, "-m", "api.cli", "--data", str(data), "--port", "0", *options]
+    command = [sys.executable, "-m", "assay", "serve", "--data", str(data), "--port", "0", *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     ready = re.fullmatch(r"ready (http://127\.0\.0\.1:\d+) signer (0x[0-9a-f]{40})\n", line)
@@ -55,28 +63,28 @@ def until(condition):
 def test_a_task_is_paid_whatever_is_killed_and_nothing_is_left_running(tmp_path):
     asked = world.small()
     (tmp_path / "model.onnx").write_bytes(asked.source)
+    key = prepared(tmp_path / "data")
     process, url, signer = started(tmp_path / "data")
     first = children(process)
     try:
-        with Client(url) as client:
+        with Client(url, key=key) as client, Client(url, worker=world.WORKER) as worker:
             model = client.register(tmp_path / "model.onnx")
             order = terms(
                 model, "spot", world.REWARD, "0x" + "9a" * 20, int(time.time()) + 600, secrets.token_bytes(32)
             )
-            task = client.post(order, asked.inputs)
-            os.kill(max(first), signal.SIGKILL)  # the worker process: another is started
-            served = sidecar.serve(client, task, asked.model, lambda inputs: asked.run(inputs=inputs), world.WORKER)
+            task = client.ask(order, asked.inputs)
+            for pid in first:  # Valkey, and the worker processes: others are started
+                os.kill(pid, signal.SIGKILL)
+            served = sidecar.serve(worker, task, asked.model, lambda inputs: asked.run(inputs=inputs))
             assert served.verdict.verdict == "accepted"
             signed = client.attestation(task)
             attestation.verify(signed, signer)
             assert signed.attestation.amount == world.REWARD.amount
-            with pytest.raises(Conflict):
-                sidecar.serve(
-                    client, task, asked.model, lambda inputs: asked.run(inputs=inputs), bytes.fromhex("22" * 32)
-                )
-            assert httpx.get(f"{url}/readyz").is_success
+            with Client(url, worker=bytes.fromhex("22" * 32)) as stranger, pytest.raises(Malformed, match="no task"):
+                sidecar.serve(stranger, task, asked.model, lambda inputs: asked.run(inputs=inputs))
+        until(lambda: httpx.get(f"{url}/readyz").is_success)
         second = children(process)
-        assert len(second) == 2
+        assert len(second) == 4  # Valkey, judging, delivering, and what opens models
     finally:
         process.kill()
         process.wait(PATIENCE)
@@ -86,7 +94,8 @@ def test_a_task_is_paid_whatever_is_killed_and_nothing_is_left_running(tmp_path)
     third = children(process)
     try:
         assert again == signer
-        assert httpx.get(f"{url}/v1/tasks/{task.hex()}").json()["stage"] == "attested"
+        with Client(url, key=key) as client:
+            assert client.state(task).stage == "attested"
     finally:
         process.terminate()
         assert process.wait(PATIENCE) == 0

@@ -6,22 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import world
-from record import NOW, Work, work
+from record import NOW, work
 
 from api import limits, schemas
 from proof import bundle
 from proof.attestation import SignedAttestation, sign_commitment
 from proof.messages import Challenge, Task
-from prover.client import _tensor, terms
+from proof.requests import Action
+from prover.client import _tensor
+from tests.api.calls import body, commit, refused, signing, upload
 
 JSON = {"Content-Type": "application/json"}
 OTHER = bytes.fromhex("22" * 32)
-
-
-def body(done: Work, **changes):
-    task = done.asked.task
-    asked = terms(task.model, task.policy, task.reward, task.payer, task.deadline, task.nonce)
-    return asked | {"inputs": {name: _tensor(array) for name, array in done.asked.inputs.items()}} | changes
 
 
 @pytest.fixture
@@ -33,10 +29,6 @@ def done(api):
     return made
 
 
-def commit(api, done, signed=None):
-    return api.post(f"/v1/tasks/{done.id}/commitment", json=(signed or done.signed).to_json())
-
-
 @pytest.fixture
 def proven(api, done, tmp_path):
     """The proof file of a task that is challenged."""
@@ -44,18 +36,6 @@ def proven(api, done, tmp_path):
     path = tmp_path / "proof"
     bundle.write_proof(path, done.proof(challenge))
     return path
-
-
-def upload(api, done, path, key=world.WORKER):
-    headers = {"Assay-Signature": done.signature(path, key)}
-    return api.put(f"/v1/tasks/{done.id}/proof", content=path.read_bytes(), headers=headers)
-
-
-def refused(answer, status, code):
-    problem = schemas.Problem.model_validate_json(answer.content)
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert (answer.status_code, problem.status, problem.code) == (status, status, code), problem.detail
-    return problem
 
 
 def files(record):
@@ -169,9 +149,9 @@ def test_an_upload_may_be_repeated(api, done, proven, record):
 def test_nobody_but_the_worker_can_have_its_task_judged(api, done, proven, record):
     kept = files(record)
     refused(upload(api, done, proven, OTHER), 403, "proof.signature")
-    refused(api.put(f"/v1/tasks/{done.id}/proof", content=b"x"), 403, "proof.signature")
-    signature = {"Assay-Signature": done.signature(proven)}
-    refused(api.put(f"/v1/tasks/{done.id}/proof", content=b"x", headers=signature), 403, "proof.signature")
+    refused(api.put(f"/v1/tasks/{done.id}/proof", content=b"x"), 401, "caller.unknown")
+    signature = signing(api, done.asked.task, Action.PROVE, bundle.file_digest(proven))
+    refused(api.put(f"/v1/tasks/{done.id}/proof", content=b"x", headers=signature), 403, "signature")
     assert files(record) == kept
     assert record.stage(done.id) == "challenged"
 
@@ -202,9 +182,12 @@ def test_a_proof_before_the_commitment_is_a_conflict(api, done, tmp_path):
 
 def test_past_the_deadline_everything_is_gone(api, done, proven, record):
     record.clock.now = done.asked.task.deadline + 1.0
-    assert api.get(f"/v1/tasks/{done.id}").json()["stage"] == "expired"
+    assert api.get(f"/v1/tasks/{done.id}").json()["stage"] == "lapsed"
     refused(upload(api, done, proven), 410, "task.expired")
+    record.judge()
     assert api.post("/v1/tasks", json=body(done)).json()["stage"] == "expired"
+    refused(api.get(f"/v1/tasks/{done.id}/verdict"), 410, "task.expired")
+    assert api.get(f"/v1/tasks/{done.id}/attestation").json()["message"]["verdict"] == 3
 
 
 def test_what_is_not_there_yet_may_be_asked_for_again(api, done):
@@ -218,13 +201,13 @@ def test_the_check_seed_is_not_shown_before_the_verdict(api, done, proven, recor
     upload(api, done, proven)
     seed = record.store.proof(done.id).check_seed
     assert seed not in api.get(f"/v1/tasks/{done.id}").text
-    record.bench().judge(done.id)
+    record.judge()
     assert api.get(f"/v1/tasks/{done.id}/verdict").json()["check_seed"] == seed
 
 
 def test_after_the_verdict_everything_can_be_fetched(api, done, proven, record, tmp_path):
     upload(api, done, proven)
-    record.bench().judge(done.id)
+    record.judge()
     at = f"/v1/tasks/{done.id}"
     schemas.Verdict.model_validate_json(api.get(f"{at}/verdict").content)
     attested = api.get(f"{at}/attestation")
@@ -245,7 +228,7 @@ def test_after_the_verdict_everything_can_be_fetched(api, done, proven, record, 
 def test_outputs_of_a_rejected_proof_are_not_handed_out(api, record):
     rejected = work(bend=lambda trace: trace | {"logits": trace["logits"] + 1})
     record.check(rejected)
-    record.bench().judge(rejected.id)
+    record.judge()
     refused(api.get(f"/v1/tasks/{rejected.id}/outputs"), 409, "outputs.refused")
     assert api.get(f"/v1/tasks/{rejected.id}/attestation").json()["message"]["amount"] == "0"
     assert api.get(f"/v1/tasks/{rejected.id}/bundle").status_code == 200
@@ -259,14 +242,16 @@ def test_a_body_over_its_limit_is_refused_before_it_is_read(api, monkeypatch):
         refused(answer, 413, "too_large")
 
 
-def test_a_queue_that_is_away_delays_and_loses_nothing(api, done, proven, door, record):
-    object.__setattr__(door, "queue", type(door.queue)("unix:///nowhere/valkey.sock"))
+def test_a_queue_that_is_away_delays_and_loses_nothing(api, done, proven, door, record, token):
+    door.queue = type(door.queue)("unix:///nowhere/valkey.sock")
     assert upload(api, done, proven).status_code == 202
-    assert record.store.due(NOW) == [(done.id, 0)]
+    assert record.store.due(NOW) == [world.small().model.id.hex()]
     ready = api.get("/readyz")
     assert ready.status_code == 503
     assert {check["name"] for check in ready.json()["checks"] if not check["ok"]} == {"queue", "workers"}
-    assert 'assay_tasks{stage="checking"} 1.0' in api.get("/metrics").text
+    metrics = api.get("/metrics", headers={"Authorization": f"Bearer {token('acme', 'metrics')}"}).text
+    assert 'assay_tasks{stage="checking"} 1.0' in metrics
+    assert "assay_queue_jobs{" not in metrics
 
 
 def test_unknown_things_have_their_own_codes(api):

@@ -196,7 +196,7 @@ JSON_LIES = {
     "a contract in capitals": ("domain", {"verifyingContract": "0x" + "AB" * 20}),
     "another field": ("message", {"tip": 1}),
     "verdict unset": ("message", {"verdict": 0}),
-    "verdict 3": ("message", {"verdict": 3}),
+    "verdict 4": ("message", {"verdict": 4}),
     "a score of 101": ("message", {"score": 101}),
     "bits beyond uint16": ("message", {"soundnessBits": 2**16}),
     "a numeric amount": ("message", {"amount": 1}),
@@ -265,18 +265,6 @@ def test_no_other_commitment_is_signed(lie):
 def test_an_offline_commitment_is_not_signed():
     with pytest.raises(ValueError, match="no task"):
         att.sign_commitment(Commitment(bytes(32), None, (CLAIM,)), REWARD, KEY)
-
-
-def test_an_upload_is_signed_for_one_file():
-    commitment, file = bytes([5] * 32), bytes([6] * 32)
-    signature = att.sign_upload(TASK_ID, commitment, file, REWARD, KEY)
-    assert att.recover_upload(TASK_ID, commitment, file, REWARD, signature) == SIGNER
-    assert att.recover_upload(TASK_ID, commitment, bytes(32), REWARD, signature) != SIGNER
-    declaration = "ProofUpload(bytes32 taskId,bytes32 commitment,bytes32 proof)"
-    _, digest = by_hand(declaration, ["bytes32"] * 3, [TASK_ID, commitment, file], REWARD.chain_id, REWARD.contract)
-    assert signature == bytes(Account.unsafe_sign_hash(digest, KEY).signature)
-    with pytest.raises(Rejected):
-        att.recover_upload(TASK_ID, commitment, file, REWARD, signature[:64] + b"\0")
 
 
 # Committees and keys.

@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+import world
 from record import work
 from redis import Redis
 from rq import Queue
@@ -13,8 +14,9 @@ from rq.serializers import JSONSerializer
 
 from verifier.children import Child
 from verifier.lifecycle import Stage
-from verifier.queue import JUDGE, NAME, TaskQueue, sweep
+from verifier.queue import DELIVER, DELIVERIES, JUDGE, TASKS, TaskQueue
 from verifier.queue import work as run_jobs
+from verifier.sweeping import sweep
 from verifier.valkey import EmbeddedValkey
 
 PATIENCE = 20.0
@@ -50,7 +52,7 @@ def seen():
 
 @pytest.fixture
 def drain(valkey, seen):
-    return lambda: run_jobs(valkey.url, {JUDGE: seen.append}, burst=True)
+    return lambda: run_jobs(valkey.url, JUDGE, seen.append, burst=True)
 
 
 def until(condition):
@@ -60,19 +62,42 @@ def until(condition):
         time.sleep(0.05)
 
 
-def test_a_task_that_is_asked_for_twice_waits_once(queue, drain, seen):
+def test_what_is_asked_for_twice_waits_once(queue, drain, seen):
     for _ in range(2):
-        queue.put("ab" * 32, 0)
+        queue.put(JUDGE, "ab" * 32)
     assert queue.length() == 1
     drain()
     assert seen == ["ab" * 32]
     assert queue.length() == 0
 
 
+def test_what_is_asked_for_while_it_is_worked_on_comes_again(queue, valkey):
+    seen = []
+
+    def run(model):
+        seen.append(model)
+        if len(seen) < 3:
+            queue.put(JUDGE, model)
+
+    queue.put(JUDGE, "ab" * 32)
+    run_jobs(valkey.url, JUDGE, run, burst=True)
+    assert seen == ["ab" * 32] * 3
+
+
+def test_deliveries_do_not_wait_behind_tasks(queue, valkey):
+    queue.put(JUDGE, "ab" * 32)
+    queue.put(DELIVER, "cd" * 32)
+    assert (queue.length(TASKS), queue.length(DELIVERIES)) == (1, 1)
+    sent = []
+    run_jobs(valkey.url, DELIVER, sent.append, burst=True)
+    assert sent == ["cd" * 32]
+    assert (queue.length(TASKS), queue.length(DELIVERIES)) == (1, 0)
+
+
 def test_ids_are_all_that_redis_carries(queue, redis):
-    queue.put("ab" * 32, 3)
-    job = redis.hgetall(f"rq:job:{'ab' * 32}-3")
-    stored = Queue(NAME, connection=redis, serializer=JSONSerializer).jobs[0]
+    queue.put(JUDGE, "ab" * 32)
+    stored = Queue(TASKS, connection=redis, serializer=JSONSerializer).jobs[0]
+    job = redis.hgetall(f"rq:job:{stored.id}")
     assert (stored.func_name, stored.args, stored.kwargs) == ("judge", ["ab" * 32], {})
     assert set(job) <= {
         b"status", b"data", b"created_at", b"enqueued_at", b"origin", b"description", b"timeout", b"result_ttl",
@@ -96,7 +121,7 @@ STRANGERS = {
 def test_a_job_that_is_not_ours_is_refused(redis, drain, seen, tmp_path, name, arguments, keywords):
     witness = tmp_path / "witness"
     arguments = [argument.format(witness) for argument in arguments]
-    foreign = Queue(NAME, connection=redis, serializer=JSONSerializer)
+    foreign = Queue(TASKS, connection=redis, serializer=JSONSerializer)
     job = foreign.enqueue(name, args=arguments, kwargs=keywords)
     drain()
     assert seen == []
@@ -105,20 +130,26 @@ def test_a_job_that_is_not_ours_is_refused(redis, drain, seen, tmp_path, name, a
 
 
 def test_callbacks_are_not_called(redis, drain, seen, tmp_path):
-    foreign = Queue(NAME, connection=redis, serializer=JSONSerializer)
+    foreign = Queue(TASKS, connection=redis, serializer=JSONSerializer)
     foreign.enqueue(JUDGE, "ab" * 32, on_success=Callback("os.abort"), on_failure=Callback("os.abort"))
     foreign.enqueue("os.getpid", on_failure=Callback("os.abort"))
     drain()
     assert seen == ["ab" * 32]
 
 
-def test_a_worker_process_judges_what_a_lost_redis_forgot(record, valkey, redis, queue):
+def test_a_worker_process_judges_what_a_lost_redis_forgot(record, record_url, valkey, redis, queue):
     record.clock.now = time.time()
     task = record.check(work())
-    queue.put(task, 0)
+    queue.put(JUDGE, world.small().model.id.hex())
     redis.flushall()
-    environ = {**os.environ, "ASSAY_REDIS_URL": valkey.url, "ASSAY_DATA": str(record.root)}
-    child = Child("verifier.cli", ["--with-parent"], environ)
+    environ = {
+        **os.environ,
+        "ASSAY_REDIS_URL": valkey.url,
+        "ASSAY_DATA": str(record.root),
+        "ASSAY_DATABASE_URL": record_url,
+        "ASSAY_KEY_FILE": str(record.settings.key),
+    }
+    child = Child("assay", ["work", "--with-parent"], environ)
     child.ensure()
     try:
         sweep(record.store, queue, time.time())

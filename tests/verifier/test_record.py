@@ -1,17 +1,28 @@
 """The record: one challenge and one check seed a task, leases that exclude, deadlines that end."""
 
+import os
+import secrets
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from record import NOW, work
+import world
+from record import NOW, TENANT, work
+from sqlalchemy import select
 
 from proof.attestation import sign_commitment
 from proof.errors import Conflict, Unavailable
 from proof.messages import Verdict
-from verifier.lifecycle import Expired, LostLease, Stage
-from verifier.store import Store
+from verifier.database import Database
+from verifier.lifecycle import Expired, Stage
+from verifier.store import Judgement
+from verifier.summaries import Filter
+from verifier.sweeping import collect
+from verifier.tables import DeliveryRow, EventRow, RevenueRow, WebhookRow
 
+MODEL = world.small().model.id.hex()
 OTHER = bytes.fromhex("22" * 32)
 
 
@@ -108,58 +119,165 @@ def test_past_the_deadline_nothing_is_taken(record):
         record.store.commit(posted.signed, late)
     with pytest.raises(Expired):
         record.store.prove(committed.id, b"p" * 32, "a" * 64, 1, late)
-    assert record.store.expire(late) == 2
-    assert {record.stage(done.id) for done in (committed, posted)} == {Stage.EXPIRED}
+    assert record.store.lapse(late) == 2
+    assert {record.stage(done.id) for done in (committed, posted)} == {Stage.LAPSED}
 
 
 def test_a_task_with_a_proof_never_expires(record):
     task = record.check(work())
-    assert record.store.expire(1e12) == 0
+    assert record.store.lapse(1e12) == 0
     assert record.stage(task) == Stage.CHECKING
 
 
 def test_a_lease_excludes_until_it_runs_out(record):
-    task = record.check(work())
-    assert record.store.lease(task, "one", NOW, NOW + 10).attempts == 1
-    assert record.store.due(NOW + 5) == []
-    assert record.store.lease(task, "two", NOW + 5, NOW + 15) is None
-    record.store.renew(task, "one", NOW + 12)
-    assert record.store.lease(task, "two", NOW + 11, NOW + 21) is None
-    assert record.store.due(NOW + 12) == [(task, 1)]
-    assert record.store.lease(task, "two", NOW + 12, NOW + 22).attempts == 2
-    with pytest.raises(LostLease):
-        record.store.renew(task, "one", NOW + 30)
+    task, store = record.check(work()), record.store
+    assert [row.attempts for row in store.lease(MODEL, "one", NOW, NOW + 10, 9)] == [1]
+    assert store.due(NOW + 5) == []
+    assert store.lease(MODEL, "two", NOW + 5, NOW + 15, 9) == []
+    store.renew([task], "one", NOW + 12)
+    assert store.lease(MODEL, "two", NOW + 11, NOW + 21, 9) == []
+    assert store.due(NOW + 12) == [MODEL]
+    assert [row.attempts for row in store.lease(MODEL, "two", NOW + 12, NOW + 22, 9)] == [2]
+    store.renew([task], "one", NOW + 90)
+    assert store.due(NOW + 22) == [MODEL]
 
 
 def test_twenty_at_once_get_one_lease(record):
-    task = record.check(work())
+    record.check(work())
     with ThreadPoolExecutor(20) as pool:
-        rows = list(pool.map(lambda i: record.store.lease(task, str(i), NOW, NOW + 10), range(20)))
-    assert sum(row is not None for row in rows) == 1
+        rows = list(pool.map(lambda i: record.store.lease(MODEL, str(i), NOW, NOW + 10, 1), range(20)))
+    assert sum(map(len, rows)) == 1
 
 
 def test_who_lost_the_lease_stores_no_verdict(record):
     done = work()
-    task = record.check(done)
-    record.store.lease(task, "slow", NOW, NOW + 10)
-    record.store.lease(task, "next", NOW + 11, NOW + 21)
-    with pytest.raises(LostLease):
-        record.store.judge(task, "slow", rejection(done), 0.1, NOW + 12)
-    assert record.store.verdict(task) is None
-    record.store.judge(task, "next", rejection(done), 0.1, NOW + 12)
+    task, store = record.check(done), record.store
+    store.lease(MODEL, "slow", NOW, NOW + 10, 1)
+    store.lease(MODEL, "next", NOW + 11, NOW + 21, 1)
+    judgement = Judgement(task, rejection(done), 0.1)
+    assert store.judge([judgement], "slow", NOW + 12) == []
+    assert store.verdict(task) is None
+    assert store.judge([judgement], "next", NOW + 12) == [task]
     assert record.stage(task) == Stage.REJECTED
-    with pytest.raises(LostLease):
-        record.store.judge(task, "next", rejection(done), 0.1, NOW + 13)
+    assert store.judge([judgement], "next", NOW + 13) == []
+
+
+def test_what_was_given_back_untried_counts_as_untried(record):
+    task, store = record.check(work()), record.store
+    store.lease(MODEL, "one", NOW, NOW + 10, 1)
+    store.give_back([task], "one", NOW, None)
+    assert [row.attempts for row in store.lease(MODEL, "two", NOW, NOW + 10, 1)] == [1]
 
 
 def test_the_same_task_again_is_the_same_row(record):
     done = work()
     record.post(done)
-    assert not record.store.add_task(done.asked.task, "c" * 64, NOW + 5)
+    assert not record.store.add_task(done.asked.task, "c" * 64, NOW + 5, TENANT)
     assert record.store.task(done.id).task.created == NOW
+    with pytest.raises(Conflict, match="another tenant"):
+        record.store.add_task(done.asked.task, "c" * 64, NOW + 5, "others")
+    with pytest.raises(Conflict, match="another worker"):
+        record.store.add_task(done.asked.task, "c" * 64, NOW + 5, TENANT, "0x" + "ab" * 20)
+
+
+def test_every_stage_is_told_once_and_in_order(record):
+    done = work()
+    with record.database.write() as session:
+        for stages in ([], ["attested"]):
+            session.add(webhook(stages))
+        session.add(webhook([], tenant="others"))
+    task = record.check(done)
+    record.judge()
+    with record.database.read() as session:
+        events = session.scalars(select(EventRow).order_by(EventRow.id)).all()
+        deliveries = session.scalars(select(DeliveryRow)).all()
+    assert [event.stage for event in events] == ["posted", "challenged", "checking", "accepted", "attested"]
+    assert {(event.task, event.tenant) for event in events} == {(task, TENANT)}
+    wanted = Counter(event.id for event in events) + Counter([events[-1].id])
+    assert Counter(delivery.event for delivery in deliveries) == wanted
+
+
+def webhook(stages, tenant=TENANT):
+    return WebhookRow(
+        id=secrets.token_hex(16), tenant=tenant, url="https://a", secret="whsec_", stages=stages, created=NOW
+    )
+
+
+def test_revenue_is_the_sum_of_what_was_attested(record):
+    honest, cheat = [work() for _ in range(3)], work(bend=lambda trace: trace | {"logits": trace["logits"] + 1})
+    for done in (*honest, cheat):
+        record.check(done)
+        record.judge()
+    with record.database.read() as session:
+        (row,) = session.scalars(select(RevenueRow)).all()
+    assert int(row.amount) == 3 * world.REWARD.amount
+    assert (row.payee, row.chain_id, row.token) == (
+        cheat.signed.worker, world.REWARD.chain_id, world.REWARD.token,
+    )  # fmt: skip
+
+
+def test_pages_of_tasks_meet_without_a_gap(record):
+    ids = []
+    for i in range(5):
+        record.clock.now = NOW + i // 2  # some at the same moment
+        ids.append(record.post(work()))
+    for newest in (False, True):
+        seen, after = [], None
+        while True:
+            page = record.store.tasks(2, Filter(tenant=TENANT, after=after, newest=newest))
+            if not page:
+                break
+            seen += page
+            after = page[-1].place
+        assert sorted(entry.task.id for entry in seen) == sorted(ids)
+        assert [entry.place for entry in seen] == sorted((entry.place for entry in seen), reverse=newest)
+    assert record.store.tasks(9, Filter(tenant="others")) == []
+
+
+def test_a_worker_finds_what_it_may_do_and_what_it_did(record):
+    free, mine, others, taken = work(), work(), work(), work()
+    worker = mine.signed.worker
+    record.register()
+    for done, assigned in ((free, None), (mine, worker), (others, "0x" + "ab" * 20), (taken, None)):
+        record.store.add_task(done.asked.task, "0" * 64, NOW, TENANT, assigned)
+    record.store.commit(taken.signed, NOW)
+
+    def seen(address):
+        return {entry.task.id for entry in record.store.tasks(9, Filter(worker=address))}
+
+    assert seen(worker) == {free.id, mine.id, taken.id}
+    assert seen("0x" + "cd" * 20) == {free.id}
+
+
+def test_only_what_nothing_points_to_is_collected(record):
+    task = record.check(work())
+    lost, fresh = record.keep(b"lost"), record.keep(b"fresh")
+    old = time.time() - 1000
+    for path in record.blobs.root.rglob("*"):
+        if path.is_file() and path.name != fresh:
+            os.utime(path, (old, old))
+    assert collect(record.store, record.blobs, old - 1) == 0
+    assert collect(record.store, record.blobs, old + 1) == 1
+    assert record.blobs.find(lost) is None
+    assert record.blobs.find(fresh)
+    record.judge()
+    assert record.stage(task) == Stage.ATTESTED
+
+
+def test_a_file_that_was_set_aside_by_the_dead_comes_back(record):
+    kept = record.keep(b"kept")
+    path, old = record.blobs.path(kept), time.time() - 1000
+    path.rename(path.with_suffix(".aside"))
+    os.utime(path.with_suffix(".aside"), (old, old))
+    assert list(record.blobs.older(old + 1, 10)) == []
+    assert record.blobs.check(kept).read_bytes() == b"kept"
+    assert record.blobs.touch(kept)
+    with record.blobs.aside(kept, old + 1) as gone:
+        assert gone is None  # written since
+    assert record.blobs.find(kept)
 
 
 def test_a_database_that_is_away_is_unavailable(tmp_path):
-    store = Store(f"sqlite:///{tmp_path / 'no' / 'such' / 'folder.db'}")
+    database = Database(f"sqlite:///{tmp_path / 'no' / 'such' / 'folder.db'}")
     with pytest.raises(Unavailable):
-        store.ping()
+        database.ping()

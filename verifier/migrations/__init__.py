@@ -1,0 +1,1 @@
+"""How the tables of a record came to be, a file a version; Database.migrate runs what is missing."""

@@ -1,0 +1,1 @@
+"""The versions, oldest first; what is here is never changed, only followed."""
