@@ -21,6 +21,7 @@ from api import (
     webhooks,
     weights,
 )
+from api.caller import KnownCaller
 from api.door import Door, Here
 from api.rates import RateLimit
 from api.slow import SteadyBody
@@ -51,6 +52,7 @@ def create_app(door: Door | None) -> FastAPI:
     app.state.door = door
     if door:
         app.add_middleware(SteadyBody, stall=door.settings.body_stall)
+        app.add_middleware(KnownCaller, door=door)
     app.add_middleware(limits.BodyLimit)
     if door:
         app.add_middleware(RateLimit, rates=door.rates)

@@ -6,14 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from threading import Lock
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from fastapi import Depends, Header, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api import problems
 from api.problems import Code, Problem
 from api.schemas import HEX64
 from proof import encoding
-from proof.errors import Malformed, Rejected
+from proof.digest import DIGEST_BYTES
+from proof.errors import Failure, Malformed, Rejected
 from proof.messages import SIGNATURE_BYTES, Task
 from proof.requests import LEEWAY_SECONDS, MAX_REQUEST_SECONDS, NOTHING, Action, WorkerRequest, verify_request
 from verifier import tenants
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 
 BELIEVED_SECONDS = 60.0  # that a key which was found is not looked up again
 KNOWN_KEYS = 4096
+CHALLENGE = {"WWW-Authenticate": 'Bearer realm="assay"'}
+WORKER_HEADERS = ("Assay-Worker", "Assay-Expires", "Assay-Signature")
 COOKIE = "assay_key"  # the same key, for the pages alone
 
 
@@ -64,7 +70,7 @@ class Keyring:
         try:
             row = tenants.find(self._database, token, now)
         except Rejected as rejection:
-            raise Problem(Code.CALLER_UNKNOWN, rejection.detail, _CHALLENGE) from rejection
+            raise Problem(Code.CALLER_UNKNOWN, rejection.detail, CHALLENGE) from rejection
         tenant = Tenant(row.tenant, row.id, tuple(row.scopes))
         until = min(now + BELIEVED_SECONDS, row.expires or now + BELIEVED_SECONDS)
         with self._lock:
@@ -86,39 +92,79 @@ def tenant_with(scope: str) -> Callable[[Request], Tenant]:
     return tenant
 
 
-def signed_by(request: Request, door: "Door", action: Action, task: Task | bytes, content: bytes = NOTHING) -> str:
-    """The worker who signed this request for this action. A task gives the domain; an id alone is to be read.
+def signed_by(request: Request, door: "Door", action: Action, task: Task | bytes) -> tuple[str, bytes]:
+    """The worker who signed this request for this action, and the digest of what it says it sends.
 
-    Raises Problem; the Host header is not believed, the origins are the settings'.
+    A task gives the domain; an id alone is to be read. Raises Problem; the Host header is not believed, the origins are
+    the settings'.
     """
-    worker, expires, signature = require_signature(request, door)
+    head = _head(request, door)
     id_, reward = (task.id(), task.reward) if isinstance(task, Task) else (task, None)
     for origin in door.settings.origins:
         try:
-            verify_request(WorkerRequest(origin, action, id_, content, expires), reward, signature, worker)
+            asked = WorkerRequest(origin, action, id_, head.content, head.expires)
+            verify_request(asked, reward, head.signature, head.worker)
         except Rejected:
             continue
-        door.rates.spend("key", worker)
-        return worker
-    asked = f"{action} of task {id_.hex()} at {' or '.join(door.settings.origins)}"
-    raise Problem(Code.SIGNATURE, f"the request is not signed by {worker} for {asked}")
+        door.rates.spend("key", head.worker)
+        return head.worker, head.content
+    what = f"{action} of task {id_.hex()} at {' or '.join(door.settings.origins)}"
+    raise Problem(Code.SIGNATURE, f"the request is not signed by {head.worker} for {what}")
 
 
-def require_signature(request: Request, door: "Door") -> tuple[str, int, bytes]:
-    """Worker, expiry and signature as the headers give them. Raises Problem when a worker's request lacks them."""
-    given = [request.headers.get(name) for name in ("Assay-Worker", "Assay-Expires", "Assay-Signature")]
-    if None in given:
-        raise Problem(Code.CALLER_UNKNOWN, "send Assay-Worker, Assay-Expires and Assay-Signature", _CHALLENGE)
+class _Head(NamedTuple):
+    worker: str
+    expires: int
+    content: bytes
+    signature: bytes
+
+
+def _head(request: Request, door: "Door") -> _Head:
+    """Raises Problem when a worker's request lacks its headers, or is not of this time."""
+    given = {name: request.headers.get(name) for name in WORKER_HEADERS}
+    if None in given.values():
+        raise Problem(Code.CALLER_UNKNOWN, f"send {', '.join(WORKER_HEADERS)}", CHALLENGE)
+    worker, expiry, signature = given.values()
     try:
-        worker = encoding.address(given[0], "Assay-Worker")
-        expires = int(encoding.decimal(given[1], "Assay-Expires", 53))
-        signature = encoding.prefixed(given[2], "Assay-Signature", SIGNATURE_BYTES)
+        head = _Head(
+            encoding.address(worker, "Assay-Worker"),
+            encoding.decimal(expiry, "Assay-Expires", 53),
+            encoding.prefixed(
+                request.headers.get("Assay-Content", "0x" + NOTHING.hex()), "Assay-Content", DIGEST_BYTES
+            ),
+            encoding.prefixed(signature, "Assay-Signature", SIGNATURE_BYTES),
+        )
     except Malformed as error:
         raise Problem(Code.SIGNATURE, str(error)) from error
-    left = expires - door.clock()
+    left = head.expires - door.clock()
     if not -LEEWAY_SECONDS <= left <= MAX_REQUEST_SECONDS + LEEWAY_SECONDS:
         raise Problem(Code.REQUEST_EXPIRED, f"it expires in {left:.0f} s by our clock; at most {MAX_REQUEST_SECONDS}")
-    return worker, expires, signature
+    return head
+
+
+class KnownCaller:
+    """ASGI middleware: a request under /v1 that nobody can have meant is refused before its body is read.
+
+    An API key must be one; a worker's signature is verified by the route, which knows what was to be signed.
+    """
+
+    def __init__(self, app: ASGIApp, door: "Door") -> None:
+        self._app, self._door = app, door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            request = Request(scope)
+            try:
+                if "Assay-Worker" in request.headers:
+                    _head(request, self._door)
+                else:
+                    await run_in_threadpool(_tenant_of, request, self._door)
+            except (Problem, Failure) as failure:
+                headers = {"Connection": "close", **(getattr(failure, "headers", None) or {})}
+                told = problems.answer(problems.code_of(failure), problems.detail_of(failure), headers)
+                await told(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def may_see(caller: Caller, found: Summary) -> None:
@@ -141,13 +187,17 @@ def scope_of(caller: Caller) -> dict[str, Any]:
 
 
 def _tenant(request: Request) -> Tenant:
-    kind, _, token = request.headers.get("Authorization", "").partition(" ")
-    if kind.lower() != "bearer":
-        raise Problem(Code.CALLER_UNKNOWN, "send an API key: Authorization: Bearer assay_…", _CHALLENGE)
     door = request.app.state.door
-    tenant: Tenant = door.keyring.tenant(token.strip(), door.clock())
+    tenant = _tenant_of(request, door)
     door.rates.spend("key", tenant.key)
     return tenant
+
+
+def _tenant_of(request: Request, door: "Door") -> Tenant:
+    kind, _, token = request.headers.get("Authorization", "").partition(" ")
+    if kind.lower() != "bearer":
+        raise Problem(Code.CALLER_UNKNOWN, "send an API key: Authorization: Bearer assay_…", CHALLENGE)
+    return door.keyring.tenant(token.strip(), door.clock())
 
 
 def _anybody(request: Request) -> Caller:
@@ -156,7 +206,7 @@ def _anybody(request: Request) -> Caller:
         return tenant_with(tenants.TASKS)(request)
     task = str(request.path_params.get("task", ""))
     action, id_ = (Action.READ, bytes.fromhex(task)) if re.fullmatch(HEX64, task) else (Action.LIST, NOTHING)
-    return Worker(signed_by(request, request.app.state.door, action, id_))
+    return Worker(signed_by(request, request.app.state.door, action, id_)[0])
 
 
 def _signing(
@@ -164,6 +214,9 @@ def _signing(
         str | None, Header(description="The worker's address.", examples=["0x" + "9a" * 20])
     ] = None,
     assay_expires: Annotated[str | None, Header(description="Unix seconds.", examples=["1790000300"])] = None,
+    assay_content: Annotated[
+        str | None, Header(description="Digest of the commitment or proof file.", examples=["0x" + "5f" * 32])
+    ] = None,
     assay_signature: Annotated[
         str | None, Header(description="EIP-712 WorkerRequest of this request.", examples=["0x" + "1b" * 65])
     ] = None,
@@ -171,7 +224,6 @@ def _signing(
     """Shows the headers in the document; `signed_by` reads them."""
 
 
-_CHALLENGE = {"WWW-Authenticate": 'Bearer realm="assay"'}
 Signing = Annotated[None, Depends(_signing)]
 Reader = Annotated[Caller, Depends(_anybody)]
 Poster = Annotated[Tenant, Depends(tenant_with(tenants.TASKS))]

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from asyncio import TimerHandle, Transport
+from collections import Counter
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from api import problems
 
 GRACE_SECONDS = 30.0  # before a body's speed is looked at
 MIN_BODY_RATE = 10_000.0  # bytes a second, on average after that
-MAX_UPLOADS = 64  # bodies that come in at the same time, of one process
+MAX_UPLOADS, MAX_UPLOADS_EACH = 64, 32  # bodies that come in at the same time, in one process and from one address
 
 
 class PatientProtocol(H11Protocol):
@@ -66,25 +67,26 @@ class SteadyBody:
 
     def __init__(self, app: ASGIApp, stall: float, grace: float = GRACE_SECONDS, rate: float = MIN_BODY_RATE) -> None:
         self._app, self._stall, self._grace, self._rate = app, stall, grace, rate
-        self._uploads = 0
+        self._uploads: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _has_body(scope):
             await self._app(scope, receive, send)
             return
-        if self._uploads >= MAX_UPLOADS:
-            refusal = problems.answer(
-                problems.Code.UNAVAILABLE, f"{self._uploads} uploads come in already", {"Connection": "close"}
-            )
-            await refusal(scope, receive, send)
+        address = scope["client"][0] if scope.get("client") else ""
+        if self._uploads.total() >= MAX_UPLOADS or self._uploads[address] >= MAX_UPLOADS_EACH:
+            busy = f"{self._uploads.total()} bodies come in, {self._uploads[address]} from {address}"
+            await problems.answer(problems.Code.UNAVAILABLE, busy, _CLOSE)(scope, receive, send)
             return
-        self._uploads += 1
+        self._uploads[address] += 1
         coming = True
 
         def came() -> None:
             nonlocal coming
-            self._uploads -= coming
+            self._uploads[address] -= coming
             coming = False
+            if not self._uploads[address]:
+                del self._uploads[address]
 
         try:
             await self._app(scope, self._steady(receive, came), send)

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api import problems, schemas
 from api.answers import IdempotencyKey, IfNoneMatch, Prefer, awaited, repeated, tagged
-from api.caller import Poster, Reader, Signing, Tenant, require_signature, scope_of, signed_by
+from api.caller import Poster, Reader, Signing, Tenant, scope_of, signed_by
 from api.door import BoundedRoute, Door, Here, TaskId, receive
 from api.limits import MAX_LISTED, limit_of
 from api.problems import Code, Problem
@@ -110,9 +110,9 @@ def commit(
     commitment = messages.Commitment.from_json(body.model_dump())
     if (commitment.task, commitment.model) != (asked.id(), asked.model):
         raise Problem(Code.COMMITMENT_BINDING, f"the commitment is not for task {task} and its model")
-    worker = signed_by(request, door, Action.COMMIT, asked, commitment.digest())
-    if worker != commitment.worker:
-        raise Problem(Code.SIGNATURE, f"the request is signed by {worker}, the commitment by {commitment.worker}")
+    worker, content = signed_by(request, door, Action.COMMIT, asked)
+    if (worker, content) != (commitment.worker, commitment.digest()):
+        raise Problem(Code.SIGNATURE, f"{worker} signed the request for another commitment, or for another's")
     if found.task.worker not in (None, worker):
         raise Problem(Code.TASK_UNKNOWN, f"no task {task} for {worker}")
     verify_commitment_signature(commitment, asked.reward)
@@ -128,10 +128,10 @@ def commit(
 async def prove(task: TaskId, request: Request, door: Here, _: Signing = None) -> JSONResponse:
     """Upload the proof. Only the committed worker can: otherwise anybody could have a task rejected."""
     summary = await run_in_threadpool(_open_for_proof, door, task)
-    require_signature(request, door)
+    digest = await run_in_threadpool(_from_worker, request, door, summary)
     with door.blobs.upload(limit_of("PUT", f"/v1/tasks/{task}/proof")) as upload:
         await receive(request, upload)
-        return await run_in_threadpool(_prove, request, door, summary, upload)
+        return await run_in_threadpool(_prove, door, summary, upload, digest)
 
 
 @router.get("/{task}/verdict", response_model=schemas.Verdict)
@@ -284,19 +284,28 @@ def _fits(door: Door, task: messages.Task, arrays: Mapping[str, Array], row: Mod
 def _open_for_proof(door: Door, task: str) -> Summary:
     """Refuse before the upload what could not be taken after it."""
     summary = door.task(task)
-    if summary.proof is None:
-        door.store.check_proof(task, b"")
+    if summary.proof is None and summary.task.stage in (Stage.LAPSED, Stage.EXPIRED):
+        raise Problem(Code.TASK_EXPIRED, f"task {task} expired at {summary.task.deadline}")
+    if summary.task.stage == Stage.POSTED:
+        raise Problem(Code.CONFLICT, f"task {task} has no commitment yet")
     return summary
 
 
-def _prove(request: Request, door: Door, summary: Summary, upload: Upload) -> JSONResponse:
-    """Signature, form, file, record, queue: each durable before the next. What is not recorded is collected."""
-    task, address = summary.task.id, upload.close()
-    digest = bundle.file_digest(upload.path)
+def _from_worker(request: Request, door: Door, summary: Summary) -> bytes:
+    """The digest of the file that the committed worker is about to send. Raises Problem for anybody else."""
     asked = messages.Task.from_json(summary.task.document)
-    worker = signed_by(request, door, Action.PROVE, asked, digest)
+    worker, digest = signed_by(request, door, Action.PROVE, asked)
     if worker != summary.worker:
         raise Problem(Code.PROOF_SIGNATURE, f"signed by {worker}, not by the committed worker {summary.worker}")
+    return digest
+
+
+def _prove(door: Door, summary: Summary, upload: Upload, digest: bytes) -> JSONResponse:
+    """Digest, form, file, record, queue: each durable before the next. What is not recorded is collected."""
+    task, address = summary.task.id, upload.close()
+    found = bundle.file_digest(upload.path)
+    if found != digest:
+        raise Problem(Code.PROOF_SIGNATURE, f"the file has the digest {found.hex()}, {digest.hex()} was signed")
     door.store.check_proof(task, digest)
     bundle.read_proof(upload.path)
     door.blobs.place(upload, address)

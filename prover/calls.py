@@ -237,6 +237,7 @@ class Service:
         return {
             "Assay-Worker": self.worker.address,
             "Assay-Expires": str(expires),
+            "Assay-Content": "0x" + purpose.content.hex(),
             "Assay-Signature": "0x" + signature.hex(),
         }
 

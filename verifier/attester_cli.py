@@ -1,4 +1,4 @@
-"""Commands on the key that signs attestations: assay key attester show, import."""
+"""Commands on the key that signs attestations: assay key attester create, show, import."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from proof.attestation import read_key
-from verifier import keystore, release
+from verifier import release
 from verifier.settings import Settings
 
 cli = typer.Typer(
@@ -31,11 +31,20 @@ def show(data: Data = None, as_json: Json = False) -> None:
         out.print("\n".join(f"{name} {value}" for name, value in told.items()), highlight=False)
 
 
+@cli.command()
+def create(data: Data = None) -> None:
+    """Make a fresh key, encrypted under the record's password, as its attestation key; none may be there."""
+    os.umask(0o077)
+    settings = Settings.from_env(os.environ, data)
+    out.print(f"{release.new_key(settings)} in {settings.default_key}", highlight=False, soft_wrap=True)
+
+
 @cli.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="HEXFILE", exists=True, dir_okay=False)], data: Data = None
 ) -> None:
     """Encrypt a key of 64 hex digits under the record's password, as its attestation key; none may be there."""
+    os.umask(0o077)
     settings = Settings.from_env(os.environ, data)
-    address = keystore.create(settings.default_key, release.password(settings), read_key(file))
-    out.print(f"{address} in {settings.default_key}; remove {file}", highlight=False)
+    address = release.new_key(settings, read_key(file))
+    out.print(f"{address} in {settings.default_key}; remove {file}", highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -85,7 +86,8 @@ def work(
         end_with_parent()
     with Sweeper(store, blobs, queue, time.time, settings.orphan):
         if deliveries:
-            run_jobs(settings.redis, DELIVER, Courier(database, settings, time.time).deliver)
+            with closing(Courier(database, settings, time.time)) as courier:
+                run_jobs(settings.redis, DELIVER, courier.deliver)
         else:
             run_jobs(settings.redis, JUDGE, _bench(settings, store, blobs, queue).judge)
 

@@ -94,23 +94,35 @@ class _Child:
 
     def ask(self, request: Mapping[str, Any], seconds: float) -> object:
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                command = [sys.executable, "-m", "verifier.inspector"]
-                self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-                )
-            answer = _exchange(self._process, json.dumps(request).encode() + b"\n", seconds)
-            if answer is None:
-                self._process.kill()
-                self._process.wait()
-                self._process = None
-                raise Malformed(f"the library that reads models crashed on it, or took more than {seconds:.0f} s")
+            answer = self._exchanged(json.dumps(request).encode() + b"\n", seconds)
         told = parse(answer, "inspector", MAX_LINE_BYTES)
         error, kind, result = fields(told, "inspector", ("error", "kind", "result"))
         if error is not None:
             said = text(error, "inspector.error", MAX_LINE_BYTES)
             raise Unavailable(said) if kind == "unavailable" else Malformed(said)
         return result
+
+    def _exchanged(self, line: bytes, seconds: float) -> bytes:
+        process = self._running()
+        try:
+            _write(process, line)
+        except BrokenPipeError:  # it died while it had nothing to do: no fault of this request
+            process = self._running()
+            _write(process, line)
+        answer = _answer(process, seconds)
+        if answer is None:
+            process.kill()
+            process.wait()
+            raise Malformed(f"the library that reads models crashed on it, or took more than {seconds:.0f} s")
+        return answer
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-m", "verifier.inspector"]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
+        return self._process
 
     def stop(self) -> None:
         if self._process and self._process.stdin:
@@ -119,16 +131,16 @@ class _Child:
             self._process.wait()
 
 
-def _exchange(process: "subprocess.Popen[bytes]", line: bytes, seconds: float) -> bytes | None:
-    """The answer to a line; None when the process ends or the time is over."""
+def _write(process: "subprocess.Popen[bytes]", line: bytes) -> None:
     assert process.stdin
+    process.stdin.write(line)
+    process.stdin.flush()
+
+
+def _answer(process: "subprocess.Popen[bytes]", seconds: float) -> bytes | None:
+    """A line; None when the process ends or the time is over."""
     assert process.stdout
     until, answer = time.monotonic() + seconds, b""
-    try:
-        process.stdin.write(line)
-        process.stdin.flush()
-    except BrokenPipeError:
-        return None
     out = process.stdout.fileno()
     while not answer.endswith(b"\n"):
         left = until - time.monotonic()

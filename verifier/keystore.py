@@ -33,25 +33,37 @@ PASSWORD_BYTES = 32  # of a password that we make up
 DERIVED = 32
 
 
+class Exists(Malformed):
+    """A key is there already, and is never overwritten."""
+
+
 def create(path: Path, password: bytes, key: bytes | None = None) -> str:
-    """Write a key, a fresh one if none is given, to a file that is not there yet; returns its address."""
+    """Write a key, a fresh one if none is given; returns its address. Raises Exists if the file does."""
     key = secrets.token_bytes(KEY_BYTES) if key is None else key
     content = json.dumps(encrypt(key, password), indent=1).encode()
     try:
         write_private(path, content)
     except FileExistsError:
-        raise Malformed(f"{path} exists: a key is never overwritten") from None
-    return key_address(key)
+        raise Exists(f"{path} exists: a key is never overwritten") from None
+    return address(key)
+
+
+def address(key: bytes) -> str:
+    """Of a private key. Raises Malformed for 32 bytes that are none."""
+    try:
+        return key_address(key)
+    except ValueError:
+        raise Malformed("not a private key of secp256k1: it is 0, or not below the order") from None
 
 
 def encrypt(key: bytes, password: bytes, n: int = SCRYPT_N) -> dict[str, Any]:
-    salt, iv = secrets.token_bytes(DERIVED), secrets.token_bytes(16)
+    owner, salt, iv = address(key), secrets.token_bytes(DERIVED), secrets.token_bytes(16)
     derived = _scrypt(password, salt, n, SCRYPT_R, SCRYPT_P)
     hidden = _cipher(derived, iv).encrypt(key)
     return {
         "version": 3,
         "id": str(uuid.UUID(bytes=secrets.token_bytes(16), version=4)),
-        "address": key_address(key).removeprefix("0x"),
+        "address": owner.removeprefix("0x"),
         "crypto": {
             "cipher": "aes-128-ctr",
             "cipherparams": {"iv": iv.hex()},
@@ -92,14 +104,14 @@ def write_private(path: Path, content: bytes) -> None:
     """A new file of mode 0600, durable and whole or absent. Raises FileExistsError: the first of two wins."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     partial = path.with_name(f".{secrets.token_hex(8)}")
-    with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
     try:
+        with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.link(partial, path)
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -108,13 +120,17 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def read_private(path: Path) -> bytes:
-    """A file that only its owner can read. Raises Malformed for any other."""
-    if not path.is_file():
-        raise Malformed(f"{path}: there is no such file; `assay init` makes the keys that are missing")
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise Malformed(f"{path}: others can read it; set its mode to 0600")
-    with path.open("rb") as file:
-        return file.read(MAX_FILE_BYTES + 1)
+    """A file that only its owner can read, or as much of it as tells that it is too long. Raises Malformed."""
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_IMODE(mode) & 0o077:
+                raise Malformed(f"{path}: others can read it; set its mode to 0600")
+            return file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise Malformed(f"{path}: there is no such file; `assay init` makes the keys that are missing") from None
+    except OSError as error:
+        raise Malformed(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _derived(kdf: object, cost: object, password: bytes) -> bytes:

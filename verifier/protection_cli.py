@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -34,12 +35,18 @@ def export(
     data: Data = None,
 ) -> None:
     """Write the protection table. Stop the service first: what is signed afterwards is not in the file."""
-    if to is None:
-        protection.export(_database(data), sys.stdout)
-        return
-    with to.open("x") as file:
-        written = protection.export(_database(data), file)
-    out.print(f"{written} rows in {to}", highlight=False)
+    with closing(_database(data)) as database:
+        if to is None:
+            protection.export(database, sys.stdout.buffer)
+            return
+        try:
+            with to.open("xb") as file:
+                written = protection.export(database, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            raise Malformed(f"{to} exists: it is not overwritten") from None
+    out.print(f"{written} rows in {to}", highlight=False, soft_wrap=True)
 
 
 @protection_cli.command("import")
@@ -49,9 +56,8 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Take over a protection table: all of it, or nothing when a row contradicts the record (exit 2)."""
-    if file.stat().st_size > protection.MAX_FILE_BYTES:
-        raise Malformed(f"{file}: more than {protection.MAX_FILE_BYTES} bytes")
-    new = protection.import_(_database(data), file.read_bytes())
+    with closing(_database(data)) as database, file.open("rb") as content:
+        new = protection.import_(database, content)
     if as_json:
         out.print_json(data={"new": new})
     else:
@@ -82,12 +88,13 @@ def compare(
 
 
 def _attestation(path: Path) -> SignedAttestation:
+    """From JSON as the service answers it, or from a bundle, whose first bytes are the size of its header."""
     with path.open("rb") as file:
-        start = file.read(1)
-        content = start + file.read(MAX_MESSAGE_BYTES) if start == b"{" else b""
-    if content:
-        return SignedAttestation.from_json(parse(content, str(path), MAX_MESSAGE_BYTES), str(path))
-    held = bundle.read_bundle(path).attestation
+        content = file.read(MAX_MESSAGE_BYTES + 1)
+    if content.lstrip()[:1] == b"{":
+        held = parse(content, str(path), MAX_MESSAGE_BYTES)
+    else:
+        held = bundle.read_bundle(path).attestation
     if held is None:
         raise Malformed(f"{path}: a bundle without an attestation")
     return SignedAttestation.from_json(held, str(path))

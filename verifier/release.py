@@ -7,7 +7,7 @@ runs the same path again and signs the same bytes.
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from proof.errors import Conflict, Malformed
 from proof.messages import Challenge, Commitment, Task, Verdict
 from proof.policy import policy
 from verifier import keystore
+from verifier.keystore import Exists
 from verifier.remote_signer import RemoteSigner
 from verifier.settings import Settings
 from verifier.store import Outcome, Store
@@ -52,19 +53,33 @@ class LocalSigner:
 def signer_from(settings: Settings) -> Signer:
     """What signs here, by the settings: a remote signer, or a file with the key. Raises Malformed saying what to do."""
     if settings.signer_url:
-        return RemoteSigner(settings.signer_url, settings.signer_address or "", settings.signer_token)
+        return RemoteSigner(settings.signer_url, (settings.signer_address or "").lower(), settings.signer_token)
     path = settings.key or settings.default_key
     if keystore.read_private(path).lstrip()[:1] != b"{":
         key = attestation.read_key(path)
     else:
-        key = keystore.open_key(path, password(settings))
-    return LocalSigner(attestation.key_address(key), key)
+        key = keystore.open_key(path, _password(settings))
+    return LocalSigner(keystore.address(key), key)
 
 
 def create(settings: Settings) -> None:
-    """Make the default key, encrypted under a password, which is made too, unless they are there."""
-    if not settings.default_key.exists():
-        keystore.create(settings.default_key, password(settings))
+    """Make the default key unless it is there; of two that start together the first wins."""
+    with suppress(Exists):
+        new_key(settings)
+
+
+def new_key(settings: Settings, key: bytes | None = None) -> str:
+    """Encrypt a key, a fresh one if none is given, as the default key; returns its address.
+
+    Its password is the one that the settings name, or a random one, which is written beside it. Raises Exists when
+    there is a default key, and makes no password for it then.
+    """
+    if settings.default_key.exists():
+        raise Exists(f"{settings.default_key} exists: a key is never overwritten")
+    if settings.key_password is None:
+        with suppress(FileExistsError):
+            keystore.write_private(settings.default_password, secrets.token_hex(keystore.PASSWORD_BYTES).encode())
+    return keystore.create(settings.default_key, _password(settings), key)
 
 
 def committee(signer: Signer) -> bytes:
@@ -81,15 +96,21 @@ def attest(
     """
     outcomes = store.outcomes(tasks)
     statements = {task: statement(outcomes[task], signer, validity) for task in tasks}
-    protected = dict(zip(statements, store.protect(list(statements.values()), now), strict=True))
+    protected = store.protect(list(statements.values()), now)
     signed = {
-        task: said
-        if isinstance(said, Conflict)
-        else SignedAttestation(said, signer.address, signer.sign(said.preimage()))
-        for task, said in protected.items()
+        task: said if isinstance(said, Conflict) else _signed(said, wanted, signer)
+        for (task, wanted), said in zip(statements.items(), protected, strict=True)
     }
     store.attest([one for one in signed.values() if isinstance(one, SignedAttestation)], now)
     return signed
+
+
+def _signed(protected: PaymentAttestation, wanted: PaymentAttestation, signer: Signer) -> SignedAttestation | Conflict:
+    """Sign what is protected, which may be older than what is wanted, or from another record, and say no more."""
+    times = {name: getattr(protected, name) for name in ("issued_at", "not_before", "expires_at")}
+    if replace(wanted, **times) != protected:
+        return Conflict(f"task {wanted.task_id.hex()}: what is protected says something else than the record")
+    return SignedAttestation(protected, signer.address, signer.sign(protected.preimage()))
 
 
 def statement(outcome: Outcome, signer: Signer, validity: int) -> PaymentAttestation:
@@ -141,12 +162,8 @@ def output_root(commitment: Commitment, outputs: tuple[str, ...]) -> bytes:
     return merkle.root_hash(merkle.build(merkle.BLAKE3, digests))
 
 
-def password(settings: Settings) -> bytes:
-    """The keystore's password: the file that the settings name, or a random one beside the default key."""
+def _password(settings: Settings) -> bytes:
     path = settings.key_password or settings.default_password
-    if settings.key_password is None:
-        with suppress(FileExistsError):
-            keystore.write_private(path, secrets.token_hex(keystore.PASSWORD_BYTES).encode())
     found = keystore.read_private(path).rstrip(b"\r\n")
     if not found:
         raise Malformed(f"{path}: it holds no password")

@@ -70,7 +70,7 @@ class RemoteSigner:
     def _key(self) -> str:
         """The public key of the address, as the signer spells it."""
         for spelled, digits in _PUBLIC_KEY.findall(self._ask("GET", f"{API}/publicKeys", MAX_KEYS_BYTES)):
-            if eip712.public_address(bytes.fromhex(digits)) == self.address:
+            if eip712.keccak(bytes.fromhex(digits))[12:].hex() == self.address.removeprefix("0x"):
                 return str(spelled)
         raise Unavailable(f"the remote signer has no key of {self.address}")
 

@@ -9,6 +9,7 @@ from gpu.device import DEFAULT
 from proof.errors import Malformed
 
 DATA = "assay-data"
+LONGEST_LEASE = 600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ class Settings:
             text = _from_file(name, environ) if entry.name in SECRETS else environ.get(name)
             if text and entry.name != "data":
                 given[entry.name] = _READ[entry.type](name, text)
-        return cls(**given)
+        made = cls(**given)
+        if made.lease > LONGEST_LEASE:
+            raise Malformed(f"ASSAY_LEASE_SECONDS: more than {LONGEST_LEASE:.0f}; a task would wait that long")
+        return made
 
     @property
     def default_key(self) -> Path:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -23,6 +23,7 @@ from verifier.database import Database
 from verifier.figures import count
 from verifier.lifecycle import DUE, TRANSITIONS, Event, Expired, Stage
 from verifier.outbox import Moved, announce
+from verifier.settings import LONGEST_LEASE
 from verifier.summaries import Filter, Summary, summaries
 from verifier.tables import (
     AttestationRow,
@@ -38,6 +39,7 @@ from verifier.tables import (
 )
 
 SEED_BYTES = 32
+FARTHEST = LONGEST_LEASE  # seconds ahead: what is farther was written by a clock that jumped
 LAPSED_AT_ONCE = 500  # tasks whose deadline passed, in one transaction
 EVERYTHING = Filter()
 
@@ -190,7 +192,7 @@ class Store:
 
         One that was tried before comes alone: if it ends the process, it takes no other with it.
         """
-        due = select(TaskRow).where(TaskRow.model == model, TaskRow.stage.in_(DUE), TaskRow.lease <= now)
+        due = select(TaskRow).where(TaskRow.model == model, TaskRow.stage.in_(DUE), _free(now))
         with self._change(now) as session:
             found = due.order_by(TaskRow.lease, TaskRow.id).limit(limit).with_for_update(skip_locked=True)
             rows = list(session.scalars(found))
@@ -233,7 +235,7 @@ class Store:
 
     def due(self, now: float) -> Sequence[str]:
         """Models with tasks that wait for a worker process, the longest waiting first."""
-        waiting = select(TaskRow.model).where(TaskRow.stage.in_(DUE), TaskRow.lease <= now)
+        waiting = select(TaskRow.model).where(TaskRow.stage.in_(DUE), _free(now))
         with self.database.read() as session:
             return session.scalars(waiting.group_by(TaskRow.model).order_by(func.min(TaskRow.lease))).all()
 
@@ -425,6 +427,11 @@ def _moved(session: Session, happened: Event, now: float, *where: Any, **values:
     rows = session.execute(told, execution_options=_BLIND).all()
     session.info["moved"].extend(Moved(task, tenant, target) for task, tenant in rows)
     return [task for task, _ in rows]
+
+
+def _free(now: float) -> Any:
+    """Nobody holds it. Who was held up by a clock that was set right loses it, as with any lease that ran out."""
+    return or_(TaskRow.lease <= now, TaskRow.lease > now + FARTHEST)
 
 
 def _lapse(session: Session, now: float, which: Any) -> int:

@@ -5,6 +5,7 @@ A Unix socket in a directory that only this user enters, and no TCP port: nobody
 
 import os
 import select
+import shutil
 import sys
 import tempfile
 import time
@@ -23,7 +24,9 @@ START_SECONDS = 15.0
 
 class EmbeddedValkey:
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="assay-")  # short: socket paths have about 100 bytes
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="assay-", ignore_cleanup_errors=True
+        )  # short: socket paths have about 100 bytes
         self.url = f"unix://{self._folder.name}/valkey.sock"
         self.child = Child("verifier.valkey", [self._folder.name], environ)
 
@@ -53,6 +56,7 @@ def main() -> None:
     with ValkeyServer(port=0, data_dir=folder, unix_socket_path=folder / "valkey.sock") as server:
         while server.is_running() and not select.select([sys.stdin], [], [], 0.5)[0]:
             pass
+    shutil.rmtree(folder, ignore_errors=True)  # a parent that was killed cannot
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def test_nobody_but_the_worker_can_have_its_task_judged(api, done, proven, recor
     refused(upload(api, done, proven, OTHER), 403, "proof.signature")
     refused(api.put(f"/v1/tasks/{done.id}/proof", content=b"x"), 401, "caller.unknown")
     signature = signing(api, done.asked.task, Action.PROVE, bundle.file_digest(proven))
-    refused(api.put(f"/v1/tasks/{done.id}/proof", content=b"x", headers=signature), 403, "signature")
+    refused(api.put(f"/v1/tasks/{done.id}/proof", content=b"x", headers=signature), 403, "proof.signature")
     assert files(record) == kept
     assert record.stage(done.id) == "challenged"
 

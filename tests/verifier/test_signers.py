@@ -7,6 +7,8 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from coincurve import PublicKey
+from record import NOW, work
 
 from proof import eip712
 from proof.errors import Malformed, Unavailable
@@ -65,11 +67,17 @@ def signing(answer, seen=None):
     """A server that speaks Web3Signer's eth1 API, or lies."""
 
     class Web3Signer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            keys = ["0x" + PublicKey.from_secret(key).format(compressed=False)[1:].hex() for key in (OTHER, KEY)]
+            self.respond(200, json.dumps(keys).encode())
+
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if seen is not None:
                 seen.append((self.path, self.headers.get("Authorization")))
-            status, content = answer(bytes.fromhex(body["data"][2:]))
+            self.respond(*answer(bytes.fromhex(body["data"][2:])))
+
+        def respond(self, status, content):
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -101,7 +109,8 @@ def test_a_remote_signer_signs_what_it_hashes_itself(tmp_path):
     with signing(lambda data: (200, signed(data)), seen) as url:
         signer = RemoteSigner(url, ADDRESS, token)
         assert eip712.recover(eip712.keccak(MESSAGE), signer.sign(MESSAGE)) == ADDRESS
-    assert seen == [(f"/api/v1/eth1/sign/{ADDRESS}", "Bearer opensesame")]
+    public = PublicKey.from_secret(KEY).format(compressed=False)[1:].hex()
+    assert seen == [(f"/api/v1/eth1/sign/0x{public}", "Bearer opensesame")]
     assert "opensesame" not in repr(signer)
 
 
@@ -133,8 +142,6 @@ def test_a_remote_signer_that_lies_is_away(lie):
 
 
 def test_a_remote_signer_that_is_away_delays_and_loses_nothing(record):
-    from record import NOW, work
-
     task = record.check(work())
     with signing(lambda data: (500, b"")) as url:
         record.signer = RemoteSigner(url, ADDRESS)
