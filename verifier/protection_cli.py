@@ -88,13 +88,13 @@ def compare(
 
 
 def _attestation(path: Path) -> SignedAttestation:
-    """From JSON as the service answers it, or from a bundle, whose first bytes are the size of its header."""
+    """From JSON as the service answers it, or from a bundle, where the size of the header comes first."""
     with path.open("rb") as file:
         content = file.read(MAX_MESSAGE_BYTES + 1)
-    if content.lstrip()[:1] == b"{":
-        held = parse(content, str(path), MAX_MESSAGE_BYTES)
-    else:
+    if b"\0" in content[:8]:
         held = bundle.read_bundle(path).attestation
+    else:
+        held = parse(content, str(path), MAX_MESSAGE_BYTES)
     if held is None:
         raise Malformed(f"{path}: a bundle without an attestation")
     return SignedAttestation.from_json(held, str(path))

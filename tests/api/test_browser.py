@@ -29,7 +29,7 @@ SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
 WATCH = "addEventListener('securitypolicyviolation', (e) => console.error('CSP', e.violatedDirective, e.blockedURI))"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
     path = shutil.which("chromium") or _installed()
     with playwright.sync_playwright() as driver:
