@@ -91,10 +91,8 @@ def _attestation(path: Path) -> SignedAttestation:
     """From JSON as the service answers it, or from a bundle, where the size of the header comes first."""
     with path.open("rb") as file:
         content = file.read(MAX_MESSAGE_BYTES + 1)
-    if b"\0" in content[:8]:
-        held = bundle.read_bundle(path).attestation
-    else:
-        held = parse(content, str(path), MAX_MESSAGE_BYTES)
+    bundled = b"\0" in content[:8]
+    held = bundle.read_bundle(path).attestation if bundled else parse(content, str(path), MAX_MESSAGE_BYTES)
     if held is None:
         raise Malformed(f"{path}: a bundle without an attestation")
     return SignedAttestation.from_json(held, str(path))
